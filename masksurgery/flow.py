@@ -1,0 +1,199 @@
+"""What becomes of the channels of a node: its chain, where a mask on it would go, what it is multiplied with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from masksurgery.axes import Axis
+from masksurgery.layout import Facts, NodeFacts
+
+COMPUTING = frozenset({"pointwise", "mul", "norm", "softmax", "gate", "mix"})
+OUTPUT = "output layer: its channels reach the model's output with no convolution or Linear in between"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Where the channels of a node go. `reason` says why they cannot be masked; `region` is what a mask would reach."""
+
+    reason: str | None
+    region: frozenset[Axis]
+
+
+class Flow:
+    """Questions about the dataflow of one traced graph (in eval mode, where dropout computes nothing)."""
+
+    def __init__(self, graph: fx.Graph, facts: NodeFacts, root: nn.Module) -> None:
+        self.graph, self.facts, self.root = graph, facts, root
+        self.gated = self._find_gated()
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The users of its values; reading a size is none."""
+        return [user for user in node.users if user.op == "output" or self.facts[user].has_tensor]
+
+    def data_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that are computed from the model's inputs: no parameters, no sizes."""
+        return [source for source in node.all_input_nodes if self.facts[source].data and self.facts[source].has_tensor]
+
+    def channel_axis(self, node: fx.Node) -> Axis | None:
+        """The channels of its only tensor, where one dimension is just them."""
+        fact = self.facts[node]
+        if len(fact.dims) != 1:
+            return None
+        found = [dim[0] for dim in fact.dims[0] if len(dim) == 1 and dim[0].channel]
+        return found[-1] if found else None
+
+    def passes(self, node: fx.Node) -> bool:
+        """It computes nothing: Identity, or dropout in eval."""
+        return not self.facts[node].kinds and not self.facts[node].unknown and len(self.data_inputs(node)) == 1
+
+    # --- the chain ---------------------------------------------------------------------------------------------------
+
+    def chain(self, layer: fx.Node) -> list[fx.Node]:
+        """The layer, and what computes on its channels alone and follows it without another user, in order."""
+        computing, node, axis = [layer], layer, self.channel_axis(layer)
+        while axis is not None:
+            readers = self.readers(node)
+            if len(readers) != 1 or readers[0].op == "output":
+                break
+            node = readers[0]
+            axis = self._carried(node, axis)
+            if axis is not None and COMPUTING & set(self.facts[node].kinds):
+                computing.append(node)
+        return computing
+
+    def _carried(self, node: fx.Node, axis: Axis) -> Axis | None:
+        """The same axis in the output of a node that belongs to a chain; None if the chain ends before the node."""
+        fact = self.facts[node]
+        children = fact.children.get(axis, set())
+        if len(self.data_inputs(node)) != 1 or len(fact.dims) != 1 or len(children) != 1:
+            return None
+        if fact.unknown or not fact.has_batch or {"product", "make"} & set(fact.kinds):
+            return None
+        (child,) = children
+        alone = [d for d, dim in enumerate(fact.dims[0]) if dim == (child,)]
+        widened = child.size != axis.size and "mix" not in fact.kinds  # a depthwise convolution may make more of them
+        if not alone or widened or not self._scales_channels(node, alone[0]):
+            return None
+        return child
+
+    def _scales_channels(self, node: fx.Node, channel_dim: int) -> bool:
+        """Its parameters, if it is arithmetic, are one number or one number a channel (no position embedding)."""
+        fact = self.facts[node]
+        if not {"pointwise", "mul"} & set(fact.kinds) or "norm" in fact.kinds:
+            return True
+        rank = fact.value.dim() if hasattr(fact.value, "dim") else 0
+        for source in node.all_input_nodes:
+            if self.facts[source].data or not self.facts[source].has_tensor:
+                continue
+            shape = self.facts[source].value.shape
+            if any(size != 1 and d + rank - len(shape) != channel_dim for d, size in enumerate(shape)):
+                return False
+        return True
+
+    # --- where a mask would go ---------------------------------------------------------------------------------------
+
+    def fate(self, node: fx.Node, axis: Axis, masked: Mapping[Axis, str]) -> Fate:
+        """Follow the channels of a node until a layer mixes them or another branch is added.
+
+        Args:
+            node: The end of a chain.
+            axis: Its channels.
+            masked: What earlier masks reach, and the layer of each.
+        """
+        if axis in masked:
+            return Fate(f"masked: it is channel-wise since the mask of '{masked[axis]}'", frozenset())
+        reasons: list[str] = []
+        region, stack, products = {axis}, [(node, axis)], []
+        while stack:
+            source, part = stack.pop()
+            for reader in self.readers(source):
+                if reader.op == "output":
+                    reasons.append(OUTPUT)
+                    continue
+                fact = self.facts[reader]
+                if part in fact.split:
+                    reasons.append(f"reshaped: '{reader.name}' splits its channels before the next layer mixes them")
+                children = fact.children.get(part, set())
+                if fact.unknown and not children:
+                    reasons.append(f"unknown: no rule for {', '.join(fact.unknown)} in '{reader.name}'")
+                if self._adds_branch(reader):
+                    continue
+                if "mul" in fact.kinds and len(self.data_inputs(reader)) > 1:
+                    products.extend(children)
+                for child in children - region:
+                    region.add(child)
+                    stack.append((reader, child))
+        for product in products:
+            for other in sorted(product.parents - region, key=lambda axis: masked.get(axis, "")):
+                if other in masked:
+                    reasons.append(f"masked: it is multiplied by the masked output of '{masked[other]}'")
+        return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
+
+    def _adds_branch(self, node: fx.Node) -> bool:
+        kinds = set(self.facts[node].kinds)
+        return "pointwise" in kinds and "mul" not in kinds and len(self.data_inputs(node)) > 1
+
+    # --- gates and attention weights ---------------------------------------------------------------------------------
+
+    def _find_gated(self) -> dict[fx.Node, str]:
+        """The nodes from which every path to the output crosses a gate or the query or key of an attention product."""
+        gated: dict[fx.Node, str] = {}
+        for node in reversed(self.graph.nodes):
+            if node.op == "output":
+                continue
+            reasons = [self._crossing(node, reader) or gated.get(reader) for reader in self.readers(node)]
+            if not reasons:
+                gated[node] = "unused: its output is not used"
+            elif all(reasons):
+                gated[node] = next(reason for reason in reasons if reason)
+        return gated
+
+    def _crossing(self, node: fx.Node, reader: fx.Node) -> str | None:
+        if reader.op == "output":
+            return None
+        if self._is_attention(reader):
+            names = ("query", "key", "value")
+            roles = {**dict(zip(names, reader.args, strict=False)), **reader.kwargs}
+            return "query or key of an attention product" if roles.get("value") is not node else None
+        kind = self._gate_kind(self.facts[reader], reader)
+        if kind is None or not self._only_multiplies(reader):
+            return None
+        return "gate: it only scales another branch" if kind == "gate" else "query or key of an attention product"
+
+    def _is_attention(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(str(node.target)), nn.MultiheadAttention)
+        return node.op == "call_function" and node.target is F.scaled_dot_product_attention
+
+    def _gate_kind(self, fact: Facts, node: fx.Node) -> str | None:
+        computing = [kind for kind in fact.kinds if kind in COMPUTING]
+        if computing and computing[-1] in ("gate", "softmax"):
+            return computing[-1]
+        name = str(node.target)
+        if node.op == "call_module":
+            name = type(self.root.get_submodule(name)).__name__
+        named = "sigmoid" in name.lower() and "logsigmoid" not in name.lower().replace("_", "")
+        return "gate" if named and computing and len(self.data_inputs(node)) == 1 else None
+
+    def _only_multiplies(self, node: fx.Node) -> bool:
+        readers = self.readers(node)
+        return bool(readers) and all(self._multiplies(reader) for reader in readers)
+
+    def _multiplies(self, node: fx.Node) -> bool:
+        if node.op == "output":
+            return False
+        kinds = set(self.facts[node].kinds)
+        if len(self.data_inputs(node)) > 1:
+            return bool(kinds & {"mul", "product"})
+        through = kinds <= {"move", "pool", "pointwise", "mul"} and not self.facts[node].unknown
+        return through and self._only_multiplies(node)
+
+
+def _rank(reason: str) -> int:
+    """Which of several reasons to give: the one that would make a mask wrong before the one that makes it useless."""
+    order = ("output", "masked", "reshaped", "unknown")
+    return next(i for i, word in enumerate(order) if reason.startswith(word))

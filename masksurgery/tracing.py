@@ -1,0 +1,268 @@
+"""torch.fx traces that keep what a conversion needs: every layer a leaf, every buffer a buffer, both modes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Callable, Iterator, Mapping, Sequence, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from masksurgery.types import TraceError
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd,)
+LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The graphs of one model; `train` is `eval` itself where the modes do not differ.
+
+    `module` is what was traced: its parameters, buffers and submodules are those the graphs name.
+    """
+
+    module: nn.Module
+    eval: fx.Graph
+    train: fx.Graph
+    notes: tuple[str, ...] = ()
+
+
+def is_layer(module: nn.Module) -> bool:
+    """A convolution (transposed too) or Linear, subclasses included."""
+    return isinstance(module, LAYERS)
+
+
+def bind_inputs(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
+    """Match example inputs, positional or by keyword, with the signature of the model's forward.
+
+    Raises:
+        TraceError: They do not fit.
+    """
+    if isinstance(example_inputs, Mapping):
+        return bind(model, (), example_inputs)
+    return bind(model, example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
+
+
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Match args and kwargs with the signature of the model's forward; a TraceError if they do not fit."""
+    signature = inspect.signature(model.forward)
+    example_inputs = args or kwargs
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TraceError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(bound.arguments))):
+        raise TraceError(f"example_inputs={example_inputs!r} hold no tensor. Pass a tuple of args or a dict of kwargs.")
+    return bound
+
+
+def placeholder_values(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Example values by the name of the placeholder that the trace gives them; no entry for constants."""
+    values = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            parts = {f"{name}_{i}": part for i, part in enumerate(value)}
+        else:
+            parts = value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        values.update({key: part for key, part in parts.items() if _holds_tensor(part)})
+    return values
+
+
+def describe_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The inputs as JSON: {"args": [...], "kwargs": {...}}, a tensor as {"shape": [...], "dtype": "float32"}."""
+
+    def describe(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+        return leaf
+
+    return {"args": tree_map(describe, list(bound.args)), "kwargs": tree_map(describe, dict(bound.kwargs))}
+
+
+def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+    """Args and kwargs, all zeros, of a description."""
+
+    def make(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if set(value) == {"shape", "dtype"}:
+                return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
+            return {key: make(part) for key, part in value.items()}
+        return [make(part) for part in value] if isinstance(value, list) else value
+
+    return make(list(description["args"])), make(dict(description["kwargs"]))
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+class Tracer(fx.Tracer):
+    """Traces a module whose inputs are exactly `bound`: a placeholder for each tensor, everything else a constant.
+
+    Leaves are, in this order, instances of `leaf_types` and of LAYERS, torch.nn's own modules, and, if they hold no
+    layer: what timm says cannot be traced, norms, and modules that read `self.training`.
+    """
+
+    proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
+
+    def __init__(self, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> None:
+        modules, functions = _timm_leaves()
+        super().__init__(autowrap_functions=functions)
+        self.bound = bound
+        self.leaf_types = leaf_types
+        self.untraceable = modules
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, self.leaf_types) or is_layer(m) or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if any(is_layer(child) or isinstance(child, self.leaf_types) for child in m.modules()):
+            return False
+        return isinstance(m, self.untraceable) or is_norm(m) or reads_training(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Shapes of parameters are constants, so that a forward may branch on them; torch.fx allows it for no buffer.
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        def proxy(name: str, value: Any) -> Any:
+            return self.create_proxy("placeholder", name, (), {}) if _holds_tensor(value) else value
+
+        arguments: dict[str, Any] = {}
+        for name, value in self.bound.arguments.items():
+            kind = self.bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments[name] = tuple(proxy(f"{name}_{i}", part) for i, part in enumerate(value))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = {key: proxy(key, part) for key, part in value.items()}
+            else:
+                arguments[name] = proxy(name, value)
+        call = inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+
+        def forward(root: nn.Module) -> Any:
+            return root_fn(root, *call.args, **call.kwargs)
+
+        return forward, [self.root]
+
+
+def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation: torch.nn's, a subclass, or a module that is called one (RMSNorm, EvoNorm2dB0 ...)."""
+    return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
+
+
+def reads_training(module: nn.Module) -> bool:
+    """Its forward looks at `training`."""
+
+    def names(code: CodeType) -> set[str]:
+        inner = [names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+        return set(code.co_names).union(*inner)
+
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in names(code)
+
+
+def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> Traces:
+    """Trace a model in eval and in training mode.
+
+    Args:
+        model: Its training flags are switched and put back; constants of the trace become its non-persistent buffers.
+            Pass a copy.
+        bound: The inputs of one forward.
+        leaf_types: Modules of these types are not entered.
+    Raises:
+        TraceError: torch.fx cannot follow the model.
+    """
+    before = set(vars(model))
+    with _training_flags_restored(model), torch.random.fork_rng(devices=[]):
+        graphs = {}
+        for mode in (False, True):
+            model.train(mode)
+            graphs[mode] = _trace(model, bound, leaf_types)
+    notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[False])]
+    if same_graph(graphs[False], graphs[True], model):
+        graphs[True] = graphs[False]
+    used = {node.target for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
+    for name in set(vars(model)) - before:
+        constant = vars(model).pop(name)
+        if name in used:
+            model.register_buffer(name, constant, persistent=False)
+    return Traces(model, graphs[False], graphs[True], tuple(notes))
+
+
+def _trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...]) -> fx.Graph:
+    try:
+        graph = Tracer(bound, leaf_types).trace(model)
+    except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
+        mode = "training" if model.training else "eval"
+        raise TraceError(
+            f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {error}. "
+            f"Control flow on the values of tensors cannot be followed: convert the part without it, or rewrite it."
+        ) from error
+    graph.lint()
+    return graph
+
+
+@contextlib.contextmanager
+def _training_flags_restored(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _hooked_containers(model: nn.Module, graph: fx.Graph) -> list[str]:
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    return [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if (module._forward_hooks or module._forward_pre_hooks)
+        and not any(name == leaf or name.startswith(f"{leaf}.") for leaf in called)
+    ]
+
+
+def same_graph(one: fx.Graph, other: fx.Graph, root: nn.Module) -> bool:
+    """Both compute the same: node by node equal, constants equal by value."""
+    if len(one.nodes) != len(other.nodes):
+        return False
+    twin: dict[fx.Node, fx.Node] = {}
+    for a, b in zip(one.nodes, other.nodes, strict=True):
+        twin[a] = b
+        if a.op != b.op:
+            return False
+        if a.target != b.target and not (a.op == "get_attr" and _equal_constants(root, a, b)):
+            return False
+        args, kwargs = fx.map_arg((a.args, a.kwargs), lambda node: twin[node])
+        if not _equal(args, b.args) or not _equal(kwargs, b.kwargs):
+            return False
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
+def _equal_constants(root: nn.Module, a: fx.Node, b: fx.Node) -> bool:
+    x, y = (getattr(root, cast(str, node.target), None) for node in (a, b))
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
