@@ -12,6 +12,7 @@ from masksurgery.axes import Axis
 from masksurgery.layout import Facts, NodeFacts
 
 COMPUTING = frozenset({"pointwise", "mul", "norm", "softmax", "gate", "mix"})
+ATTENTION = "gate: it only makes attention weights (query or key of an attention product)"
 OUTPUT = "output layer: its channels reach the model's output with no convolution or Linear in between"
 
 
@@ -148,6 +149,8 @@ class Flow:
             reasons = [self._crossing(node, reader) or gated.get(reader) for reader in self.readers(node)]
             if not reasons:
                 gated[node] = "unused: its output is not used"
+            elif self._makes_weights(node):
+                gated[node] = ATTENTION
             elif all(reasons):
                 gated[node] = next(reason for reason in reasons if reason)
         return gated
@@ -158,11 +161,24 @@ class Flow:
         if self._is_attention(reader):
             names = ("query", "key", "value")
             roles = {**dict(zip(names, reader.args, strict=False)), **reader.kwargs}
-            return "query or key of an attention product" if roles.get("value") is not node else None
+            return ATTENTION if roles.get("value") is not node else None
         kind = self._gate_kind(self.facts[reader], reader)
-        if kind is None or not self._only_multiplies(reader):
+        if kind is None or not self._only_multiplies(reader, kind == "softmax"):
             return None
-        return "gate: it only scales another branch" if kind == "gate" else "query or key of an attention product"
+        return "gate: it only scales another branch" if kind == "gate" else ATTENTION
+
+    def _makes_weights(self, node: fx.Node) -> bool:
+        """It mixes the weights that a softmax made, before they multiply anything (talking heads)."""
+        if not {"mix", "product"} & set(self.facts[node].kinds) or not self._only_multiplies(node, True):
+            return False
+        source: fx.Node = node
+        while len(self.data_inputs(source)) == 1:
+            (source,) = self.data_inputs(source)
+            if self._gate_kind(self.facts[source], source) == "softmax":
+                return True
+            if not set(self.facts[source].kinds) <= {"move", "pointwise", "mix", "product"}:
+                return False
+        return False
 
     def _is_attention(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -179,18 +195,19 @@ class Flow:
         named = "sigmoid" in name.lower() and "logsigmoid" not in name.lower().replace("_", "")
         return "gate" if named and computing and len(self.data_inputs(node)) == 1 else None
 
-    def _only_multiplies(self, node: fx.Node) -> bool:
+    def _only_multiplies(self, node: fx.Node, through_layers: bool) -> bool:
+        """All that a node becomes is multiplied with something else; talking heads mix a softmax by layers before."""
         readers = self.readers(node)
-        return bool(readers) and all(self._multiplies(reader) for reader in readers)
+        return bool(readers) and all(self._multiplies(reader, through_layers) for reader in readers)
 
-    def _multiplies(self, node: fx.Node) -> bool:
+    def _multiplies(self, node: fx.Node, through_layers: bool) -> bool:
         if node.op == "output":
             return False
         kinds = set(self.facts[node].kinds)
         if len(self.data_inputs(node)) > 1:
             return bool(kinds & {"mul", "product"})
-        through = kinds <= {"move", "pool", "pointwise", "mul"} and not self.facts[node].unknown
-        return through and self._only_multiplies(node)
+        through = kinds <= {"move", "pool", "pointwise", "mul"} or (through_layers and kinds <= {"move", "mix", "product"})
+        return through and not self.facts[node].unknown and self._only_multiplies(node, through_layers)
 
 
 def _rank(reason: str) -> int:

@@ -151,7 +151,8 @@ def _analyse(
         with tracker:
             value = call()
         value = _own(value, sources)
-        data = any(source.data and source.has_tensor for source in sources)
+        # zeros_like(x) reads no value of x, only its size
+        data = set(tracker.kinds) != {"make"} and any(source.data and source.has_tensor for source in sources)
         facts[node] = fact = Facts(value, others[node], data=data)
         if node.op == "placeholder":
             fact.data = True

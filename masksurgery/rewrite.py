@@ -97,13 +97,17 @@ def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
     if not fact.has_tensor:
         return
     for source in node.all_input_nodes:
-        for one, other in zip(tree_leaves(facts[source].value), tree_leaves(facts[source].other), strict=False):
-            if _is_integer(one) and one * BATCH_SIZES[1] != other * BATCH_SIZES[0] and one != other:
-                raise LayoutError(
-                    f"the integer '{source.name}' is {one} for {BATCH_SIZES[0]} samples and {other} for {BATCH_SIZES[1]}: "
-                    f"it is not proportional to the batch size, so '{node.name}' cannot be computed for all members at "
-                    f"once. Mask only what comes later, with include=[...]."
-                )
+        _check_proportional(source, facts[source])
+
+
+def _check_proportional(node: fx.Node, fact: Facts) -> None:
+    for one, other in zip(tree_leaves(fact.value), tree_leaves(fact.other), strict=True):
+        if _is_integer(one) and one != other and one * BATCH_SIZES[1] != other * BATCH_SIZES[0]:
+            raise LayoutError(
+                f"the integer '{node.name}' is {one} for {BATCH_SIZES[0]} samples and {other} for {BATCH_SIZES[1]}: it is "
+                f"not proportional to the batch size, so what is made of it cannot be made for all members at once. Mask "
+                f"only what comes later, with include=[...]."
+            )
 
 
 def _is_integer(value: Any) -> bool:
@@ -120,6 +124,7 @@ def _plan_shared(node: fx.Node, facts: NodeFacts, plan: Plan) -> None:
         for source in node.all_input_nodes:
             _plan_shared(source, facts, plan)
         return
+    _check_proportional(node, fact)
     dims = iter(fact.dims)
     repeats: RepeatPlan = []
     for one, other in zip(tree_leaves(fact.value), tree_leaves(fact.other), strict=True):

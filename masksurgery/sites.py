@@ -219,25 +219,25 @@ def _judge(
 ) -> tuple[Site | None, frozenset[Axis], str]:
     """The site of a candidate, what its mask reaches, and otherwise the reason why it has none."""
     axis = flow.channel_axis(end)
-    layout, reason = _layout(flow, end)
+    layout, reason = _layout(flow, end, candidate.layer)
+    gated = flow.gated.get(candidate.node)
+    region: frozenset[Axis] = frozenset()
     if reason is None and axis is None:
-        reason = "single: it has one channel" if is_layer(candidate.module) else "unknown: no dimension is its channels"
-    if layout is None or layout.batch_dim is None or axis is None or reason is not None:
+        reason = gated or "single: it has one channel, or none that stands alone in a dimension"
+    if layout is None or layout.batch_dim is None or axis is None:
         if candidate.forced:
             raise SiteError(f"include names '{candidate.layer}', which cannot be masked: {reason}.")
-        return None, frozenset(), str(reason)
+        return None, region, str(reason)
     fate = flow.fate(end, axis, masked)
-    reason = fate.reason
-    if reason is None or reason.startswith("masked"):
-        reason = flow.gated.get(candidate.node) or reason
-    if reason is not None and not candidate.forced:
-        return None, frozenset(), reason
+    if not candidate.forced and (fate.reason or gated):
+        first = fate.reason if fate.reason and not fate.reason.startswith("masked") else None
+        return None, region, str(first or gated or fate.reason)
     (channel_dim,) = [d for d, dim in enumerate(flow.facts[end].dims[0]) if dim == (axis,)]
     site = Site(candidate.layer, candidate.call, end.name, "", axis.size, 0, layout.batch_dim, channel_dim, layout.fold)
     return site, fate.region, ""
 
 
-def _layout(flow: Flow, node: fx.Node) -> tuple[Layout | None, str | None]:
+def _layout(flow: Flow, node: fx.Node, layer: str) -> tuple[Layout | None, str | None]:
     fact = flow.facts[node]
     if len(fact.dims) != 1 or not isinstance(fact.value, torch.Tensor):
         return None, f"unknown: '{node.name}' does not return one tensor"
@@ -246,8 +246,8 @@ def _layout(flow: Flow, node: fx.Node) -> tuple[Layout | None, str | None]:
         return None, "no batch: its output has no batch dimension"
     if layout.outer != 1:
         raise LayoutError(
-            f"node '{node.name}' has the whole batch {layout.outer} times in dimension {layout.batch_dim}, instead of the rows "
-            f"of each sample together: it cannot be masked. Leave out the layer before it with exclude=[...]."
+            f"node '{node.name}' after '{layer}' has the whole batch {layout.outer} times in dimension {layout.batch_dim}, "
+            f"instead of the rows of each sample together: it cannot be masked. Pass exclude=['{layer}']."
         )
     return layout, None
 
@@ -308,7 +308,7 @@ def _path(flow: Flow, source: fx.Node, layer: fx.Node) -> tuple[str, ...]:
 
 
 def _before(flow: Flow, candidate: Candidate, source: fx.Node) -> tuple[Site | None, str | None]:
-    layout, reason = _layout(flow, source)
+    layout, reason = _layout(flow, source, candidate.layer)
     if layout is None or layout.batch_dim is None:
         return None, reason
     shape = flow.facts[source].value.shape

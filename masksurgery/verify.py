@@ -61,8 +61,9 @@ def verify(
         *args: The inputs of one forward, positional; keyword inputs follow as **kwargs.
         tolerance: Largest error relative to the largest member output; by default 1e-12 in float64, 1e-4 in float32,
             2e-2 below. Run both models in float64 for the proof.
-        mode: "eval", or "train" to compare a training forward, dropout switched off: in `split` mode each sample with
-            its member, in `repeat` mode all members.
+        mode: "eval", or "train" to compare a training forward: in `split` mode each sample with its member, random
+            parts (dropout, stochastic depth) drawn alike in both; in `repeat` mode all members, dropout modules
+            switched off, since a part that is computed once for all members draws once.
     Raises:
         VerificationError: They differ by more than the tolerance; or the members do not differ although their masks do.
     Source:
@@ -103,22 +104,26 @@ def _train_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple
     """A training forward, and the base model in training with a mask for each row."""
     model.train()
     oracle.base.train()
-    for module in (*model.modules(), *oracle.base.modules()):
-        _switch_off_dropout(module)
     x = next(leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
     b, n = x.shape[0], model.surgery.n
     if model.members_module.train_mode == "split":
-        index = torch.arange(b, device=x.device) % n
-        model.members_module.fixed = index
+        index = model.members_module.fixed = torch.arange(b, device=x.device) % n
         inputs = example
     else:
+        for module in (*model.modules(), *oracle.base.modules()):
+            _switch_off_dropout(module)
         index = torch.arange(n, device=x.device).repeat_interleave(b)
-        names = set(model.config.unbatched)
-        inputs = tree_map(lambda leaf: torch.cat([leaf] * n) if isinstance(leaf, Tensor) else leaf, example)
-        inputs = (inputs[0], {k: example[1][k] if k in names else v for k, v in inputs[1].items()})
-    ours = _float_tensors(model(*example[0], **example[1]))
-    theirs = _float_tensors(oracle.run(inputs, lambda site: oracle.masks[site.mask][index], site_rows=True))
-    return ours, theirs
+        bound = bind(oracle.base, *example)
+        for name, value in bound.arguments.items():
+            if name not in model.config.unbatched:
+                bound.arguments[name] = tree_map(lambda leaf: torch.cat([leaf] * n) if isinstance(leaf, Tensor) else leaf, value)
+        inputs = bound.args, bound.kwargs
+    runs = (lambda: model(*example[0], **example[1]), lambda: oracle.run(inputs, lambda site: oracle.masks[site.mask][index], True))
+    outputs = []
+    for run in runs:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # each from the present state, which stays
+            outputs.append(_float_tensors(run()))
+    return outputs[0], outputs[1]
 
 
 def _switch_off_dropout(module: nn.Module) -> None:

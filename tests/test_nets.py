@@ -66,7 +66,8 @@ def test_members_are_the_base_model_with_masks(net: Net) -> None:
 @nets
 def test_training_rows_are_those_of_their_member(net: Net) -> None:
     base, inputs = make(net, 5)
-    for mode in ("split", "repeat"):
+    # Functional dropout cannot be switched off, and draws once for all members where it stands before the masks.
+    for mode in ("split",) if net.stochastic else ("split", "repeat"):
         model = convert(net, base, inputs, train_mode=mode)
         masksurgery.verify(model, base, *inputs, mode="train")
 
