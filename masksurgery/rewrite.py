@@ -192,6 +192,9 @@ def rewrite(graph: fx.Graph, plan: Plan, names: Mapping[str, str]) -> dict[str, 
                     node.replace_input_with(source, masked[source])
                 elif source in ready and source not in plan.dependent:
                     node.replace_input_with(source, ready[source])
+    for node in plan.remade:
+        if not node.users:
+            graph.erase_node(node)
     output = originals[-1]
     with graph.inserting_before(output):
         output.args = (graph.call_module(names["prediction"], (output.args[0], members)),)

@@ -77,11 +77,12 @@ def verify(
     example = (args, kwargs)
     with torch.no_grad():
         oracle = Oracle(base, model, example)
+        causes = _causes(model, base)
         if mode == "eval":
             ours, theirs = _eval_outputs(model, oracle, example)
         else:
             ours, theirs = _train_outputs(model, oracle, example)
-    return _compare(model, ours, theirs, oracle.routes, tolerance, members=mode == "eval")
+    return _compare(model, ours, theirs, oracle.routes, tolerance, mode == "eval", causes)
 
 
 def _eval_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -291,6 +292,7 @@ def _compare(
     routes: Mapping[str, int],
     tolerance: float | None,
     members: bool,
+    causes: str,
 ) -> Verification:
     dtype = ours[0].dtype if theirs[0].dtype not in (torch.float16, torch.bfloat16) else theirs[0].dtype
     limit = tolerance if tolerance is not None else {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, 2e-2)
@@ -301,7 +303,7 @@ def _compare(
     if not error <= limit * largest:  # also if it is nan
         raise VerificationError(
             f"A member differs by {error:.3g} from the base model with its masks multiplied in: {result.relative:.3g} of the "
-            f"largest member output {largest:.3g}, more than the tolerance {limit:.3g}.{_changed_masks(model)}"
+            f"largest member output {largest:.3g}, more than the tolerance {limit:.3g}.{causes}"
         )
     if members and spread == 0 and any(not masks.all() for masks in model.surgery.masks.values()):
         raise VerificationError(
@@ -311,10 +313,15 @@ def _compare(
     return result
 
 
-def _changed_masks(model: ConvertedModel) -> str:
+def _causes(model: ConvertedModel, base: nn.Module) -> str:
+    """What is known to differ: masks that are not the decided ones, weights that are not the base model's."""
     changed = [
         name
         for name, masks in model.surgery.masks.items()
         if not torch.equal(model.get_submodule(name).masks.cpu(), torch.from_numpy(masks))  # type: ignore[arg-type]
     ]
-    return f" These masks are not those the conversion decided: {', '.join(changed)}." if changed else ""
+    ours = model.state_dict()
+    weights = [name for name, x in base.state_dict().items() if name in ours and not torch.equal(x, ours[name])]
+    return (f" These masks are not those the conversion decided: {', '.join(changed)}." if changed else "") + (
+        f" The models do not have the same weights: '{weights[0]}' is one of {len(weights)}." if weights else ""
+    )

@@ -1,0 +1,174 @@
+"""resnet50, mobilenetv3_small_100, vit_tiny and swin_tiny: proved member by member, and no dearer than promised."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+
+import pytest
+import timm
+import torch
+from oracles import FOUR, by_member, images, input_repeat, live_channel, small
+
+import masksurgery
+from masksurgery.tracing import Tracer, bind_inputs
+
+four = pytest.mark.parametrize("name", FOUR)
+numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
+
+
+@four
+@numbers
+def test_members_are_the_base_model_with_masks(name: str, n: int) -> None:
+    base = small(name)
+    model = masksurgery.convert(base, n=n)
+    for batch in (1, 3, 5):
+        found = masksurgery.verify(model, base, images(name, batch))
+        assert found.relative <= 1e-12
+        assert sum(found.routes.values()) == len(model.surgery.sites)
+        assert found.difference > 1e-3 * found.largest or n == 1
+
+
+@four
+@numbers
+def test_training_rows_are_those_of_their_member(name: str, n: int) -> None:
+    base = small(name, drop=True)
+    model = masksurgery.convert(base, n=n)
+    for batch in (2, 3, 4, 7):
+        assert masksurgery.verify(model, base, images(name, batch), mode="train").relative <= 1e-12
+    model = masksurgery.convert(small(name), n=n, train_mode="repeat")
+    assert masksurgery.verify(model, small(name), images(name, 3), mode="train").relative <= 1e-12
+
+
+@pytest.mark.slow
+@four
+def test_any_flipped_bit_is_found(name: str) -> None:
+    base, x = small(name), images(name, 2)
+    model = masksurgery.convert(base, n=2)
+    for site in model.surgery.sites:
+        masks = model.get_submodule(site.mask).masks
+        channel = live_channel(model, site.mask, (x,))
+        masks[1, channel] = ~masks[1, channel]
+        with pytest.raises(masksurgery.VerificationError, match=f"not those the conversion decided: {site.mask}"):
+            masksurgery.verify(model, base, x)
+        masks[1, channel] = ~masks[1, channel]
+    masksurgery.verify(model, base, x)
+
+
+@four
+@pytest.mark.parametrize("include", [None, "last", "head"])
+def test_late_repeat_is_input_repeat(name: str, include: str | None) -> None:
+    base, x = small(name), images(name, 3)
+    last = {"resnet50": "layer4.*", "mobilenetv3_small_100": "blocks.4.*"}.get(name, "*blocks.1.mlp.*")
+    kwargs = {None: {}, "last": {"include": [last]}, "head": {"where": "head"}}[include]
+    model = masksurgery.convert(base, **kwargs)
+    with torch.no_grad():
+        late = model(x).members
+    early = by_member(input_repeat(model, (x,)), 4)
+    assert (late - early).abs().max() <= 1e-12 * early.abs().max()
+    masksurgery.verify(model, base, x)
+
+
+@four
+def test_scale_one_is_the_base_model(name: str) -> None:
+    base, x = small(name), images(name, 2)
+    model = masksurgery.convert(base, scale=1.0)
+    with torch.no_grad():
+        logits, p = base(x), model(x)
+    for i in range(4):
+        torch.testing.assert_close(p.members[:, i], logits, rtol=1e-10, atol=1e-12 * float(logits.abs().max()))
+    assert p.mutual_information.max() <= 1e-12
+
+
+@four
+def test_isolation(name: str) -> None:
+    base, x = small(name), images(name, 3)
+    model = masksurgery.convert(base)
+    with torch.no_grad():
+        before = model(x).members
+        broken = x.clone()
+        broken[1] = float("nan")
+        p = model(broken)
+        for site in model.surgery.sites:
+            masks = model.get_submodule(site.mask).masks
+            masks[2] = masks[2].roll(1)
+        after = model(x).members
+    assert p.members[1].isnan().all()
+    for field in p:
+        assert field[[0, 2]].isfinite().all()
+    torch.testing.assert_close(p.members[[0, 2]], before[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(after[:, [0, 1, 3]], before[:, [0, 1, 3]], rtol=0, atol=0)
+    assert (after[:, 2] - before[:, 2]).abs().max() > 1e-3 * before.abs().max()
+
+
+@four
+def test_a_nan_stays_in_its_sample_in_training(name: str) -> None:
+    base, x = small(name), images(name, 5)
+    model = masksurgery.convert(base).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()  # batch statistics mix samples by design
+    x[3] = float("nan")
+    y = model(x)
+    assert y.shape == (5, 10)
+    assert y[3].isnan().all()
+    assert y[[0, 1, 2, 4]].isfinite().all()
+
+
+@four
+def test_frozen_rows_are_those_of_their_member_in_eval(name: str) -> None:
+    """With nothing in training mode but the root, a split row is the row of its member in eval."""
+    base, x = small(name), images(name, 7)
+    model = masksurgery.convert(base)
+    with torch.no_grad():
+        members = model(x).members
+        model.members_module.train()
+        index = torch.tensor([3, 1, 0, 2, 2, 1, 3])
+        model.members_module.fixed = index
+        rows = model(x)
+    expected = members[torch.arange(7), index]
+    assert (rows - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@four
+def test_drop_rates_are_active_in_training_and_off_in_eval(name: str) -> None:
+    base, x = small(name, drop=True), images(name, 4)
+    model = masksurgery.convert(base).train()
+    model.members_module.fixed = torch.arange(4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x).members, model(x).members)
+
+
+@four
+def test_converting_is_quick(name: str) -> None:
+    base = timm.create_model(name).eval()
+    bound = bind_inputs(base, (torch.zeros(1, 3, 224, 224),))
+
+    def seconds(function) -> float:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    bare = seconds(lambda: Tracer(bound).trace(copy.deepcopy(base)))
+    assert seconds(lambda: masksurgery.convert(base)) <= 3 * bare + 1
+
+
+def test_members_get_equal_shares_over_steps() -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    model = masksurgery.convert(base, example_inputs=(torch.zeros(1, 4),)).train()
+    seen = []
+    model.members_module.register_forward_hook(lambda *args: seen.append(args[2].index))
+    for _ in range(400):
+        model(torch.zeros(3, 4))
+    counts = torch.bincount(torch.cat(seen), minlength=4)
+    assert counts.sum() == 1200
+    assert statistics.pstdev(counts.tolist()) < 40  # 12.2 expected of 300 +- 12
