@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, Mapping, TypeVar, cast
 
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from masksurgery.layers import Members
 from masksurgery.prediction import Head, Prediction
@@ -66,9 +68,6 @@ class ConvertedModel(fx.GraphModule):
         self._set_graphs(traces.eval, traces.train)
 
     def _set_graphs(self, eval_graph: fx.Graph, train_graph: fx.Graph) -> None:
-        for graph in (eval_graph, train_graph):
-            for node in graph.nodes:
-                node.meta.clear()  # names of modules, which a pickle need not carry
         self._graphs = {False: eval_graph, True: train_graph}
         self.graph = self._graphs[self.training]
         for name in ANSWERS:  # GraphModule gives every instance a class of its own
@@ -118,9 +117,8 @@ class ConvertedModel(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in _OF_THE_GRAPH}
-        one = copy.deepcopy(self._graphs[False])
-        other = one if self._graphs[True] is self._graphs[False] else copy.deepcopy(self._graphs[True])
-        return {**state, "_graphs": (one, other)}
+        differ = self._graphs[True] is not self._graphs[False]
+        return {**state, "_graphs": [_list_nodes(self._graphs[mode]) for mode in ((False, True) if differ else (False,))]}
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return _restore(copy.deepcopy(self._state(), memo), type(self).__name__)
@@ -137,11 +135,35 @@ class ConvertedModel(fx.GraphModule):
 
 def _restore(state: dict[str, Any], name: str) -> Any:
     model = ConvertedModel.__new__(ConvertedModel)
-    graphs = state.pop("_graphs")
+    graphs = [_make_graph(nodes) for nodes in state.pop("_graphs")]
     model.__dict__.update(state)
     type(model).__name__ = name
-    model._set_graphs(*graphs)
+    model._set_graphs(graphs[0], graphs[-1])
     return model
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node, by its name."""
+
+    name: str
+
+
+def _list_nodes(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes one after another: pickling a graph itself recurses from node to node, and ends at a few hundred."""
+    return [
+        (node.op, node.target, *fx.map_arg((node.args, node.kwargs), lambda n: _Reference(n.name)), node.name)
+        for node in graph.nodes
+    ]
+
+
+def _make_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name in nodes:
+        args, kwargs = map_aggregate((args, kwargs), lambda a: made[a.name] if isinstance(a, _Reference) else a)
+        made[name] = graph.create_node(op, target, args, kwargs, name)
+    return graph
 
 
 def _check_names(source: nn.Module) -> None:
