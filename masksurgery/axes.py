@@ -353,6 +353,18 @@ def make(call: Call) -> Sequence[Dims]:
     return [tuple(map(anonymous, out.shape)) for out in call.outputs]
 
 
+def restride(call: Call) -> Sequence[Dims]:
+    """as_strided changes the memory format where the shape stays; otherwise nothing is known of its output."""
+    x, out = call.first(), call.outputs[0]
+    return [get_dims(x) if x.shape == out.shape else tuple(map(anonymous, out.shape))]
+
+
+def col2im(call: Call) -> Sequence[Dims]:
+    dims, out = get_dims(call.first()), call.outputs[0]
+    call.mark_split(dims[-2])
+    return [dims[:-2] + tuple(map(anonymous, out.shape[len(dims) - 2 :]))]
+
+
 def keep_batch(call: Call) -> Sequence[Dims]:
     """Only what stands before the channels is kept: pixel_shuffle and other shuffles of channels."""
     dims = get_dims(call.first())
@@ -399,6 +411,8 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("move", index, "index _unsafe_index"),
         ("move", embedding, "embedding"),
         ("move", im2col, "im2col"),
+        ("move", col2im, "col2im"),
+        ("move", restride, "as_strided"),
         ("move", keep_batch, "pixel_shuffle channel_shuffle native_channel_shuffle"),
     ]  # fmt: skip
     return {name: (kind, rule) for kind, rule, names in families for name in names.split()}

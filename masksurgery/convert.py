@@ -157,7 +157,9 @@ def default_inputs(model: nn.Module) -> tuple[Tensor]:
     if isinstance(first, (list, tuple)):
         first = first[0] if first else None
     stem = dict(model.named_modules()).get(first) if first else None
-    channels = getattr(stem, "in_channels", channels)
+    seen = getattr(stem, "in_channels", channels)
+    if seen != 16 * channels:  # TResNet folds blocks of 4 x 4 pixels into the channels before its first convolution
+        channels = seen
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return (torch.zeros(1, channels, *size, dtype=like.dtype, device=like.device),)

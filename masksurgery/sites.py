@@ -151,12 +151,14 @@ def _matches(name: str, module: nn.Module, selectors: Sequence[Selector] | None)
 
 
 def _why_not_called(name: str, traces: Traces) -> str:
+    if any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in traces.eval.nodes):
+        return "no call: the model reads its weights without a call of it"
     parents = [".".join(name.split(".")[:k]) for k in range(1, name.count(".") + 1)]
     called = _calls(traces.eval)
     for parent in parents:
         if parent in called:
             kind = type(traces.module.get_submodule(parent)).__name__
-            return f"no call: {kind} '{parent}' reads its weights without a call of it"
+            return f"no call: it is inside {kind} '{parent}', which the trace does not enter"
     if name in _calls(traces.train):
         return "training: it runs in training only"
     return "unused: the model does not call it"

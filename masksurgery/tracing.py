@@ -112,7 +112,8 @@ class Tracer(fx.Tracer):
     """Traces a module whose inputs are exactly `bound`: a placeholder for each tensor, everything else a constant.
 
     Leaves are, in this order, instances of `leaf_types` and of LAYERS, torch.nn's own modules, and, if they hold no
-    layer: what timm says cannot be traced, norms, and modules that read `self.training`.
+    layer: what timm says cannot be traced, norms, and modules that read `self.training`. What timm says cannot be
+    traced is entered if it holds a layer; where that fails, `failed` is its type.
     """
 
     proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
@@ -123,6 +124,7 @@ class Tracer(fx.Tracer):
         self.bound = bound
         self.leaf_types = leaf_types
         self.untraceable = modules
+        self.failed: type | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self.leaf_types) or is_layer(m) or super().is_leaf_module(m, module_qualified_name):
@@ -130,6 +132,16 @@ class Tracer(fx.Tracer):
         if any(is_layer(child) or isinstance(child, self.leaf_types) for child in m.modules()):
             return False
         return isinstance(m, self.untraceable) or is_norm(m) or reads_training(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None and isinstance(m, self.untraceable):
+                self.failed = type(m)
+            raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         # Shapes of parameters are constants, so that a forward may branch on them; torch.fx allows it for no buffer.
@@ -210,9 +222,12 @@ def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[typ
 
 
 def _trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...]) -> fx.Graph:
+    tracer = Tracer(bound, leaf_types)
     try:
-        graph = Tracer(bound, leaf_types).trace(model)
+        graph = tracer.trace(model)
     except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
+        if tracer.failed is not None:
+            return _trace(model, bound, (*leaf_types, tracer.failed))
         mode = "training" if model.training else "eval"
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {error}. "
