@@ -6,12 +6,13 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from masksurgery.candidates import channel_dim_of, resolve_types
 from masksurgery.flow import Flow
 from masksurgery.layers import Members, _Masksembles, mask_type
 from masksurgery.layout import Facts, analyse
@@ -19,9 +20,20 @@ from masksurgery.masks import generate_masks, site_seed
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Head, check_outputs, leaf_tasks
 from masksurgery.rewrite import Mask, Plan, output_shapes, plan, rewrite
-from masksurgery.sites import channel_dim_of, find_sites, match_sites, resolve_types, unused_name
+from masksurgery.sites import find_sites, match_sites, unused_name
 from masksurgery.tracing import Traces, bind_inputs, describe_inputs, placeholder_values, trace
-from masksurgery.types import ConfigError, ConvertConfig, Selector, Site, Skipped, Surgery, Task, TraceError, TrainMode, Where
+from masksurgery.types import (
+    ConfigError,
+    ConvertConfig,
+    Selector,
+    Site,
+    Skipped,
+    Surgery,
+    Task,
+    TraceError,
+    TrainMode,
+    Where,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +79,8 @@ def convert(
         multiple_of: Not yet available.
         seed: For the masks; every site has a stream of its own.
         heteroscedastic: With `task="regression"`: the model returns a mean and a log-variance.
-        example_inputs: One forward's args (a tuple) or kwargs (a dict); by default of the size in timm's pretrained_cfg.
+        example_inputs: One forward's args (a tuple) or kwargs (a dict); by default an image as
+            timm's pretrained_cfg says.
         unbatched: Names of inputs without a batch dimension.
     Returns:
         The converted model, in the mode of the base model. In eval it returns a `Prediction`, in training what the
@@ -121,7 +134,8 @@ class Draft:
         """
         if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
             raise ConfigError(
-                f"{type(model).__name__} holds Masksembles layers already: it is converted. Convert its base model instead."
+                f"{type(model).__name__} holds Masksembles layers already: it is converted. "
+                f"Convert its base model instead."
             )
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
         inputs = placeholder_values(bound)
@@ -135,9 +149,8 @@ class Draft:
             return analyse(graph, root, inputs, lambda node: channel_dim_of(root, node), config.unbatched)
 
         eval_facts = facts(traces.eval)
-        return cls(
-            model, config, describe_inputs(bound), traces, eval_facts, eval_facts if traces.train is traces.eval else facts(traces.train),
-        )  # fmt: skip
+        train_facts = eval_facts if traces.train is traces.eval else facts(traces.train)
+        return cls(model, config, describe_inputs(bound), traces, eval_facts, train_facts)
 
 
 def default_inputs(model: nn.Module) -> tuple[Tensor]:
@@ -149,8 +162,8 @@ def default_inputs(model: nn.Module) -> tuple[Tensor]:
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not cfg or "input_size" not in cfg:
         raise TraceError(
-            f"example_inputs is missing: {type(model).__name__} does not say what it takes (it has no timm pretrained_cfg). "
-            f"Pass example_inputs=(torch.zeros(1, 3, 224, 224),), or whatever one forward takes."
+            f"example_inputs is missing: {type(model).__name__} does not say what it takes (it has no timm "
+            f"pretrained_cfg). Pass example_inputs=(torch.zeros(1, 3, 224, 224),), or whatever one forward takes."
         )
     channels, *size = cfg["input_size"]
     first = cfg.get("first_conv")
@@ -183,8 +196,8 @@ def build(
     for site in sites:
         rank = draft.facts[by_name[site.node]].value.dim()
         modules[site.mask] = mask_type(rank)(
-            site.channels, config.n, config.scale, channel_dim=site.channel_dim, batch_dim=site.batch_dim, fold=site.fold,
-            rescale=config.rescale, masks=masks[site.mask],
+            site.channels, config.n, config.scale, channel_dim=site.channel_dim, batch_dim=site.batch_dim,
+            fold=site.fold, rescale=config.rescale, masks=masks[site.mask],
         )  # fmt: skip
     for graph, graph_plan in zip((traces.eval, traces.train), plans, strict=False):
         modules.update(rewrite(graph, graph_plan, names))
@@ -204,5 +217,3 @@ def _plan(draft: Draft, sites: Sequence[Site]) -> list[Plan]:
         twins = match_sites(sites, traces)
         plans.append(plan(traces.train, draft.train_facts, [Mask(name, *nodes) for name, nodes in twins.items()]))
     return plans
-
-

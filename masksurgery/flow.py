@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -108,7 +108,8 @@ class Flow:
         if axis in masked:
             return Fate(f"masked: it is channel-wise since the mask of '{masked[axis]}'", frozenset())
         reasons: list[str] = []
-        region, stack, products = {axis}, [(node, axis)], []
+        region, stack = {axis}, [(node, axis)]
+        products: list[Axis] = []
         while stack:
             source, part = stack.pop()
             for reader in self.readers(source):
@@ -129,9 +130,8 @@ class Flow:
                     region.add(child)
                     stack.append((reader, child))
         for product in products:
-            for other in sorted(product.parents - region, key=lambda axis: masked.get(axis, "")):
-                if other in masked:
-                    reasons.append(f"masked: it is multiplied by the masked output of '{masked[other]}'")
+            layers = sorted(masked[other] for other in product.parents - region if other in masked)
+            reasons.extend(f"masked: it is multiplied by the masked output of '{layer}'" for layer in layers)
         return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
 
     def _adds_branch(self, node: fx.Node) -> bool:
@@ -206,7 +206,9 @@ class Flow:
         kinds = set(self.facts[node].kinds)
         if len(self.data_inputs(node)) > 1:
             return bool(kinds & {"mul", "product"})
-        through = kinds <= {"move", "pool", "pointwise", "mul"} or (through_layers and kinds <= {"move", "mix", "product"})
+        through = kinds <= {"move", "pool", "pointwise", "mul"} or (
+            through_layers and kinds <= {"move", "mix", "product"}
+        )
         return through and not self.facts[node].unknown and self._only_multiplies(node, through_layers)
 
 

@@ -1,7 +1,7 @@
 """Where the batch and the channels of every node of a graph are, found by running it on tensors without data.
 
 The graph runs at two batch sizes: what differs between the runs varies with the batch. In one of them every operator's
-rule (`axes.py`) says which axis of its output is which axis of its input; two sizes alone could not tell `b*k` rows
+rule (`rules.py`) says which axis of its output is which axis of its input; two sizes alone could not tell `b*k` rows
 from `k*b` rows.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Callable, Iterator, Mapping, cast
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from masksurgery.axes import Axis, Call, Dims, find_rule, get_dims, set_dims
+from masksurgery.axes import Axis, Call, Dims, get_dims, set_dims
+from masksurgery.rules import find_rule
 from masksurgery.types import Layout, LayoutError
 
 # Odd and prime, so that a batch is not taken for a window, a group or a pair.
@@ -229,7 +231,7 @@ def _finalise(node: fx.Node, fact: Facts, tracker: _Tracker, channel_dim: int | 
                 Axis(axis.size, axis.batch, axis.channel if is_channel is None else is_channel, parents=axis.sources)
                 for axis in dim
             )
-            made = node.op == "placeholder" and batched or (not fact.data and not any(axis.batch for axis in fresh))
+            made = (node.op == "placeholder" and batched) or (not fact.data and not any(axis.batch for axis in fresh))
             if made and d < len(other) and x.shape[d] != other[d] and x.shape[d] % BATCH_SIZES[0] == 0:
                 fold = x.shape[d] // BATCH_SIZES[0]
                 fresh = (Axis(BATCH_SIZES[0], batch=True), *((Axis(fold),) if fold > 1 else ()))
@@ -273,13 +275,15 @@ class _Tracker(TorchDispatchMode):
         return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _signature(func: Any) -> tuple[list[str], dict[str, Any]]:
     arguments = func._schema.arguments
     return [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
-def _resize(inputs: Mapping[str, Any], size: int, device: torch.device | None, unbatched: tuple[str, ...]) -> dict[str, Any]:
+def _resize(
+    inputs: Mapping[str, Any], size: int, device: torch.device | None, unbatched: tuple[str, ...]
+) -> dict[str, Any]:
     def resize(x: Any, name: str) -> Any:
         if not isinstance(x, Tensor):
             return x

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -100,7 +101,10 @@ class ConvertedModel(fx.GraphModule):
     def output(self, value: str) -> None:
         if value not in OUTPUTS:
             raise ConfigError(f"output={value!r} is not one of {', '.join(map(repr, OUTPUTS))}.")
-        if value not in ("prediction", "logits", "mean", "variance", "members") and "regression" in self.head_module.tasks:
+        if (
+            value not in ("prediction", "logits", "mean", "variance", "members")
+            and "regression" in self.head_module.tasks
+        ):
             raise ConfigError(f'output={value!r} is not a field of a regression. Pass "mean", "variance" or "members".')
         self.head_module.output = value
 
@@ -118,7 +122,10 @@ class ConvertedModel(fx.GraphModule):
     def _state(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in _OF_THE_GRAPH}
         differ = self._graphs[True] is not self._graphs[False]
-        return {**state, "_graphs": [_list_nodes(self._graphs[mode]) for mode in ((False, True) if differ else (False,))]}
+        return {
+            **state,
+            "_graphs": [_list_nodes(self._graphs[mode]) for mode in ((False, True) if differ else (False,))],
+        }
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return _restore(copy.deepcopy(self._state(), memo), type(self).__name__)
@@ -151,8 +158,9 @@ class _Reference:
 
 def _list_nodes(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The nodes one after another: pickling a graph itself recurses from node to node, and ends at a few hundred."""
+    refer = cast(Any, lambda node: _Reference(node.name))
     return [
-        (node.op, node.target, *fx.map_arg((node.args, node.kwargs), lambda n: _Reference(n.name)), node.name)
+        (node.op, node.target, *cast(Any, fx.map_arg((node.args, node.kwargs), refer)), node.name)
         for node in graph.nodes
     ]
 
@@ -171,6 +179,6 @@ def _check_names(source: nn.Module) -> None:
     clash = sorted(reserved & {*source._modules, *source._parameters, *source._buffers})
     if clash:
         raise ConfigError(
-            f"{type(source).__name__} has a child named '{clash[0]}', which the converted model needs itself. Rename it, or "
-            f"put the model into a torch.nn.Sequential."
+            f"{type(source).__name__} has a child named '{clash[0]}', which the converted model needs itself. "
+            f"Rename it, or put the model into a torch.nn.Sequential."
         )

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Literal, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -92,7 +93,8 @@ def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
         unknown = f" (no rule for {', '.join(fact.unknown)})" if fact.unknown else ""
         raise LayoutError(
             f"node '{node.name}' differs between members, but its shape {list(fact.value.shape)} has no batch dimension"
-            f"{unknown}: it mixes samples, and members would be mixed too. Mask only what comes later, with include=[...]."
+            f"{unknown}: it mixes samples, and members would be mixed too. Mask only what comes later, with "
+            f"include=[...]."
         )
     if not fact.has_tensor:
         return
@@ -104,9 +106,9 @@ def _check_proportional(node: fx.Node, fact: Facts) -> None:
     for one, other in zip(tree_leaves(fact.value), tree_leaves(fact.other), strict=True):
         if _is_integer(one) and one != other and one * BATCH_SIZES[1] != other * BATCH_SIZES[0]:
             raise LayoutError(
-                f"the integer '{node.name}' is {one} for {BATCH_SIZES[0]} samples and {other} for {BATCH_SIZES[1]}: it is "
-                f"not proportional to the batch size, so what is made of it cannot be made for all members at once. Mask "
-                f"only what comes later, with include=[...]."
+                f"the integer '{node.name}' is {one} for {BATCH_SIZES[0]} samples and {other} for {BATCH_SIZES[1]}: it "
+                f"is not proportional to the batch size, so what is made of it cannot be made for all members at once. "
+                f"Mask only what comes later, with include=[...]."
             )
 
 
@@ -132,8 +134,8 @@ def _plan_shared(node: fx.Node, facts: NodeFacts, plan: Plan) -> None:
             layout = layout_of(next(dims), node.name)
             if layout.batch_dim is None and tuple(one.shape) != tuple(other):
                 raise LayoutError(
-                    f"node '{node.name}' has the shape {list(one.shape)} for {BATCH_SIZES[0]} samples and {list(other)} for "
-                    f"{BATCH_SIZES[1]}, and it is not known where its samples are"
+                    f"node '{node.name}' has the shape {list(one.shape)} for {BATCH_SIZES[0]} samples and "
+                    f"{list(other)} for {BATCH_SIZES[1]}, and it is not known where its samples are"
                     f"{' (no rule for ' + ', '.join(fact.unknown) + ')' if fact.unknown else ''}. "
                     f"Mask only what comes later, with include=[...]."
                 )

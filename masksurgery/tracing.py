@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Callable, Iterator, Mapping, Sequence, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -280,4 +281,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _equal_constants(root: nn.Module, a: fx.Node, b: fx.Node) -> bool:
     x, y = (getattr(root, cast(str, node.target), None) for node in (a, b))
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and x.shape == y.shape
+        and x.dtype == y.dtype
+        and torch.equal(x, y)
+    )

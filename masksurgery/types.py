@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Callable, Literal, Mapping, Sequence, Union
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 Task = Literal["classification", "multilabel", "regression", "probabilities"]
 TrainMode = Literal["split", "repeat"]
 Where = Literal["all", "head"]
-Selector = Union[str, Callable[[str, Any], bool]]
+Selector: TypeAlias = "str | Callable[[str, Any], bool]"
 
 TASKS: tuple[Task, ...] = ("classification", "multilabel", "regression", "probabilities")
 TRAIN_MODES: tuple[TrainMode, ...] = ("split", "repeat")
@@ -166,7 +167,9 @@ def check_masks_arguments(n: Any, scale: Any) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
         raise MaskError(f"scale={scale!r} is not a number. Pass a number of at least 1, such as scale=2.0.")
     if not 1 <= scale < float("inf"):  # false for nan
-        raise MaskError(f"scale={scale!r} is not a finite number of at least 1, where all masks are equal. Try scale=2.0.")
+        raise MaskError(
+            f"scale={scale!r} is not a finite number of at least 1, where all masks are equal. Try scale=2.0."
+        )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import timm
 import torch
-from nets import randomise
 from torch import Tensor, nn
 
 from masksurgery.model import ConvertedModel
+from nets import randomise
 
 # Name, arguments that make it small, and image size: float64 at 224 pixels takes seconds a forward.
 FOUR = {

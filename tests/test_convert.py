@@ -12,12 +12,12 @@ import pytest
 import timm.optim
 import torch
 import torchvision
-from nets import randomise
 from torch import Tensor, nn
 
 import masksurgery
 from masksurgery import ConfigError, LayoutError, MaskError, SiteError, TraceError
 from masksurgery.prediction import RegressionPrediction
+from nets import randomise
 
 IMAGE = (torch.zeros(2, 3, 16, 16),)
 
@@ -49,8 +49,16 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "after=[]": ({"after": []}, SiteError, r"after=\[\] selects nothing"),
     "after unknown name": ({"after": ["Conv2"]}, SiteError, r"after names 'Conv2', which is no class.*Conv2d"),
     "after no type": ({"after": [3]}, SiteError, r"after holds 3, which is no type of module"),
-    "after absent": ({"after": [nn.LSTM]}, SiteError, r"after=\(LSTM\) selects nothing in Sequential. It has .*Conv2d \(2\)"),
-    "include nothing": ({"include": ["3.conv"]}, SiteError, r"include=\['3.conv'\] matches none of the 3 candidate layers"),
+    "after absent": (
+        {"after": [nn.LSTM]},
+        SiteError,
+        r"after=\(LSTM\) selects nothing in Sequential. It has .*Conv2d \(2\)",
+    ),
+    "include nothing": (
+        {"include": ["3.conv"]},
+        SiteError,
+        r"include=\['3.conv'\] matches none of the 3 candidate layers",
+    ),
     "all excluded": ({"exclude": ["*"]}, SiteError, r"exclude=\['\*'\] leaves nothing of the 3 layers selected"),
     "where": ({"where": "tail"}, ConfigError, r"where='tail' is not one of 'all', 'head'"),
     "task": ({"task": "classify"}, ConfigError, r"task='classify' is not one of 'classification'"),
@@ -61,7 +69,11 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "two outputs": ({"heteroscedastic": True, "task": "regression"}, ConfigError, r"needs two outputs of one shape"),
     "tie": ({"tie": "stream"}, ConfigError, r"tie='stream'.*not yet available"),
     "multiple_of": ({"multiple_of": 8}, ConfigError, r"multiple_of=8.*not yet available"),
-    "unbatched": ({"unbatched": ["mask"]}, ConfigError, r"unbatched=\('mask',\) names \['mask'\]; the inputs are \['input'\]"),
+    "unbatched": (
+        {"unbatched": ["mask"]},
+        ConfigError,
+        r"unbatched=\('mask',\) names \['mask'\]; the inputs are \['input'\]",
+    ),
     "no tensor": ({"example_inputs": (3,)}, TraceError, r"hold no tensor"),
     "two inputs": ({"example_inputs": IMAGE * 2}, TraceError, r"example_inputs do not fit Sequential.forward"),
     "wrong shape": ({"example_inputs": (torch.zeros(2, 5, 16, 16),)}, LayoutError, r"cannot be run without data"),
@@ -122,12 +134,12 @@ def test_control_flow_on_values() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x) if x.sum() > 0 else x
 
-    with pytest.raises(TraceError, match="torch.fx cannot trace Branching in eval mode"):
+    with pytest.raises(TraceError, match=r"torch.fx cannot trace Branching in eval mode"):
         convert(Branching(), example_inputs=(torch.zeros(2, 4),))
 
 
 def test_one_class_is_no_classification() -> None:
-    with pytest.raises(ConfigError, match='has one class in dimension 1. Pass task="multilabel"'):
+    with pytest.raises(ConfigError, match=r'has one class in dimension 1. Pass task="multilabel"'):
         convert(small_net(classes=1))
 
 
@@ -187,7 +199,7 @@ def test_where_head_masks_the_input_of_the_output_layer() -> None:
 
 
 def test_all_of_a_wildcard_may_be_skipped() -> None:
-    with pytest.raises(SiteError, match="No layer can be masked. 8: output layer"):
+    with pytest.raises(SiteError, match=r"No layer can be masked. 8: output layer"):
         convert(include=["8*"])
 
 
@@ -274,7 +286,9 @@ def test_attributes_and_answers_of_timm() -> None:
     assert model.no_weight_decay() == base.no_weight_decay()
     assert model.group_matcher() == base.group_matcher()
     groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.7)
-    assert [g["lr_scale"] for g in groups] == [g["lr_scale"] for g in timm.optim.param_groups_layer_decay(base, layer_decay=0.7)]
+    assert [g["lr_scale"] for g in groups] == [
+        g["lr_scale"] for g in timm.optim.param_groups_layer_decay(base, layer_decay=0.7)
+    ]
     assert not hasattr(convert(), "group_matcher")
 
 
@@ -380,7 +394,9 @@ def test_keyword_inputs_and_defaults() -> None:
             super().__init__()
             self.fc, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
 
-        def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: Tensor | None = None, twice: bool = False) -> Tensor:
+        def forward(
+            self, x: Tensor, mask: Tensor | None = None, *, scale: Tensor | None = None, twice: bool = False
+        ) -> Tensor:
             if mask is not None:
                 x = x * mask
             y = self.fc(x).relu()

@@ -9,10 +9,10 @@ import time
 import pytest
 import timm
 import torch
-from oracles import FOUR, by_member, images, input_repeat, live_channel, small
 
 import masksurgery
 from masksurgery.tracing import Tracer, bind_inputs
+from oracles import FOUR, by_member, images, input_repeat, live_channel, small
 
 four = pytest.mark.parametrize("name", FOUR)
 numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])

@@ -9,13 +9,13 @@ import pickle
 import pytest
 import timm
 import torch
-from nets import NETS, randomise
-from oracles import FOUR, images, small
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import masksurgery
 from masksurgery.model import ConvertedModel
+from nets import NETS, randomise
+from oracles import FOUR, images, small
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +120,9 @@ def test_recalibrate_is_the_statistics_under_all_masks() -> None:
     for x in batches:
         h = base[0](x).relu()
         rows.append(base[2](torch.cat([h * m.view(1, -1, 1, 1) for m in masks])))
-    torch.testing.assert_close(model.get_buffer("3.running_mean"), torch.stack([r.mean((0, 2, 3)) for r in rows]).mean(0))
+    torch.testing.assert_close(
+        model.get_buffer("3.running_mean"), torch.stack([r.mean((0, 2, 3)) for r in rows]).mean(0)
+    )
     torch.testing.assert_close(model.get_buffer("3.running_var"), torch.stack([r.var((0, 2, 3)) for r in rows]).mean(0))
     assert model.training and model.get_submodule("3").training
     assert model.get_submodule("3").momentum == 0.1

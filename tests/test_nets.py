@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from nets import NETS, REFUSED, Net, randomise
-from oracles import by_member, input_repeat, live_channel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import masksurgery
 from masksurgery.model import ConvertedModel
 from masksurgery.rewrite import repeats_in
+from nets import NETS, REFUSED, Net, randomise
+from oracles import by_member, input_repeat, live_channel
 
 
 def make(net: Net, batch: int = 3) -> tuple[nn.Module, tuple]:
@@ -175,7 +175,9 @@ def test_half_precision_stays_and_the_head_is_wide(net: Net) -> None:
     model = convert(net, base, inputs)
     seen = []
     for site in model.surgery.sites:
-        model.get_submodule(site.mask).register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
+        model.get_submodule(site.mask).register_forward_hook(
+            lambda _, args, out: seen.append((args[0].dtype, out.dtype))
+        )
     assert all(x.dtype == torch.float32 for x in members_of(model, inputs))
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
 

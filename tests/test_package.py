@@ -16,16 +16,16 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("layers", "tracing", "axes", "layout", "prediction"),
-    ("flow", "sites", "rewrite", "macs"),
-    ("convert",),
-    ("checkpoint", "verify", "recalibrate", "factory"),
+    ("layers", "tracing", "axes", "rules", "layout", "prediction"),
+    ("flow", "candidates", "sites", "rewrite"),
+    ("model", "macs", "convert"),
+    ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
     ("hub", "data", "images", "pack", "finetune", "evaluate", "report", "export", "keras"),
     ("__init__",),
-    ("cli", "__main__"),
+    ("options", "tables", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
-TIMM_ALLOWED = {"tracing", "checkpoint", "data", "cli", "factory"}
+TIMM_ALLOWED = {"tracing", "checkpoint", "data", "images", "cli", "factory"}
 HEAVY = ("timm", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import randomise
-from oracles import by_member, input_repeat
 from torch import Tensor, nn
 
 import masksurgery
+from nets import randomise
+from oracles import by_member, input_repeat
 
 C = 8
 
@@ -60,7 +60,18 @@ class Network(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-KINDS = ("conv depthwise grouped residual gate branches mlp sequence_first windows attention").split()
+KINDS = [
+    "conv",
+    "depthwise",
+    "grouped",
+    "residual",
+    "gate",
+    "branches",
+    "mlp",
+    "sequence_first",
+    "windows",
+    "attention",
+]
 
 
 @settings(max_examples=40)
