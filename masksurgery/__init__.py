@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from masksurgery.checkpoint import load, save
 from masksurgery.convert import convert
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
 from masksurgery.masks import generate_masks
@@ -46,7 +47,9 @@ __all__ = [
     "VerificationError",
     "convert",
     "generate_masks",
+    "load",
     "recalibrate",
     "repeat_targets",
+    "save",
     "verify",
 ]

@@ -37,7 +37,7 @@ from masksurgery.types import (
 
 logger = logging.getLogger(__name__)
 
-FINE_TUNE = "masks stand in every block: fine-tune the model before you use its predictions"
+FINE_TUNE = "masks inside the network change what it computes: fine-tune it before you use its predictions"
 
 
 def convert(
@@ -184,7 +184,7 @@ def build(
     """Rewrite the traced graphs with these sites and masks."""
     config, traces = draft.config, draft.traces
     plans = _plan(draft, sites)
-    outputs = next(reversed(draft.facts.items()))[1]
+    outputs = draft.facts[next(iter(reversed(traces.eval.nodes)))]
     batch_dims = plans[0].batch_dims
     tasks = leaf_tasks(outputs.value, config.task)
     check_outputs(output_shapes(outputs, batch_dims), tasks, config.class_dim, config.heteroscedastic)

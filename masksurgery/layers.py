@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from masksurgery.masks import generate_masks
-from masksurgery.types import MaskError, TrainMode
+from masksurgery.masks import Seed, generate_masks
+from masksurgery.types import MaskError, TrainMode, check_masks_arguments
+
+RepeatStep = Literal["scale"] | tuple[int, int] | None
+"""What `Repeat` does with one leaf of a value."""
 
 
 class Assignment(NamedTuple):
@@ -18,19 +21,24 @@ class Assignment(NamedTuple):
 
     Attributes:
         repeats: n where every sample goes through all members, else 1.
-        index: Member of each sample [b], where it goes through one only.
+        member: Member of each sample [b], where it goes through one only.
         aggregate: The outputs of the members are to become a Prediction.
     """
 
     repeats: int
-    index: Tensor | None
+    member: Tensor | None
     aggregate: bool
 
 
 class Members(nn.Module):
     """Decides once per forward, for every mask, repeat and the head: nothing else reads the mode.
 
-    `fixed` may hold the member of each sample [b], which is then used in training instead of a drawn one.
+    Args:
+        n: Number of members.
+        train_mode: "split" sends each sample of a training batch through one member, "repeat" through all.
+        leaf: Which leaf of the input tells the batch size, where the input is a tuple, a list or a dict.
+    Attributes:
+        fixed: None, or the member of each sample [b]: used in training with "split" instead of a drawn one.
     """
 
     def __init__(self, n: int, train_mode: TrainMode = "split", leaf: int = 0) -> None:
@@ -67,10 +75,25 @@ def repeat_targets(y: Any, n: int) -> Any:
     """Targets for `train_mode="repeat"`, whose outputs are [n*b, ...] with the members one after another.
 
     Args:
-        y: A tensor [b, ...], or a tuple, list or dict of such tensors.
+        y: A tensor [b, ...], or a tuple, list or dict of such tensors. Tensors without dimensions, numbers, strings
+            and None belong to no sample and stay as they are.
+        n: Number of members.
+    Raises:
+        MaskError: n is not a number of members, or something in y cannot be repeated.
     """
-    leaves, spec = tree_flatten(y)
-    return tree_unflatten([torch.cat([leaf] * n) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    check_masks_arguments(n, 1)
+
+    def repeat(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return torch.cat([leaf] * n) if leaf.dim() else leaf
+        if leaf is None or isinstance(leaf, (bool, int, float, str)):
+            return leaf
+        raise MaskError(
+            f"repeat_targets takes tensors, and tuples, lists and dicts of them; it cannot repeat a "
+            f"{type(leaf).__name__}. Pass the tensors in it."
+        )
+
+    return tree_map(repeat, y)
 
 
 class Repeat(nn.Module):
@@ -78,59 +101,53 @@ class Repeat(nn.Module):
 
     Args:
         plan: What to do with each leaf of the value: None to keep it, "scale" for an integer that is proportional to
-            the batch size, (batch_dim, outer) for a tensor.
+            the batch size, (batch_dim, outer) for a tensor that holds the whole batch `outer` times.
     """
 
-    def __init__(self, plan: list[Literal["scale"] | tuple[int, int] | None]) -> None:
+    def __init__(self, plan: list[RepeatStep]) -> None:
         super().__init__()
         self.plan = plan
 
     def forward(self, value: Any, members: Assignment) -> Any:
         if members.repeats == 1:
             return value
-        leaves, spec = tree_flatten(tuple(value) if isinstance(value, torch.Size) else value)
-        return tree_unflatten([self._repeat(*pair, members.repeats) for pair in zip(leaves, self.plan, strict=True)], spec)
-
-    @staticmethod
-    def _repeat(leaf: Any, what: Literal["scale"] | tuple[int, int] | None, n: int) -> Any:
-        if what is None:
-            return leaf
-        if what == "scale":
-            return leaf * n
-        batch_dim, outer = what
-        if outer == 1:
-            return torch.cat([leaf] * n, batch_dim)
-        parts = leaf.unflatten(batch_dim, (outer, -1))
-        return torch.cat([parts] * n, batch_dim + 1).flatten(batch_dim, batch_dim + 1)
+        leaves, spec = tree_flatten(value)
+        repeated = [_repeat(leaf, step, members.repeats) for leaf, step in zip(leaves, self.plan, strict=True)]
+        # As part of a tree a torch.Size would come back as a plain tuple, which has no numel().
+        return torch.Size(repeated) if isinstance(value, torch.Size) else tree_unflatten(repeated, spec)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.plan))
 
 
+def _repeat(leaf: Any, step: RepeatStep, n: int) -> Any:
+    if step is None:
+        return leaf
+    if step == "scale":
+        return leaf * n
+    batch_dim, outer = step
+    if outer == 1:
+        return torch.cat([leaf] * n, batch_dim)
+    parts = leaf.unflatten(batch_dim, (outer, -1))
+    return torch.cat([parts] * n, batch_dim + 1).flatten(batch_dim, batch_dim + 1)
+
+
 class _Masksembles(nn.Module):
     """Multiplies the channels of each sample by the mask of its member: one multiplication that broadcasts.
 
-    Args:
-        channels: Length c of a mask.
-        n: Number of members.
-        scale: At least 1; larger means less overlap between the masks.
-        channel_dim: Where the channels are; by default the last dimension (1D) or dimension 1 (2D, 3D).
-        batch_dim: Where the samples are.
-        fold: Rows of one sample, one after another, in the batch dimension.
-        rescale: Divide what is kept by the kept share, as dropout does, so that the mean stays.
-        seed: For the masks; None draws fresh ones.
-        masks: Boolean [n, c], instead of generated ones.
+    The masks are a persistent boolean buffer `masks` [n, c], row i being member i's.
+
     Shape:
-        Rows [:b] of x (n*b, ...) belong to member 0, and so on; the output is like x in shape, dtype and memory format.
-        A number of rows that is no multiple of n is dealt out in near-equal groups.
+        Rows [:b] of x (n*b, ...) belong to member 0, and so on. A number of samples that is no multiple of n is dealt
+        out in near-equal groups, in the same order. The output is like x in shape, dtype and memory format.
     Raises:
-        MaskError: No such masks exist, or x has other channels.
+        MaskError: x does not suit the masks.
     Source:
         Durasov et al. 2021, arXiv:2012.08334, section 3.
     """
 
     masks: Tensor
-    dimensions: tuple[int, ...] | None = None
+    rank: int | None = None
     default_channel_dim = 1
 
     def __init__(
@@ -143,19 +160,38 @@ class _Masksembles(nn.Module):
         batch_dim: int = 0,
         fold: int = 1,
         rescale: bool = False,
-        seed: int | None = None,
+        seed: Seed = None,
         masks: np.ndarray | None = None,
     ) -> None:
+        """Draw the masks.
+
+        Args:
+            channels: Length c of a mask.
+            n: Number of members.
+            scale: At least 1; larger means less overlap between the masks.
+            channel_dim: Where the channels are; by default the last dimension (1D) or dimension 1 (2D, 3D).
+            batch_dim: Where the samples are, counted from 0.
+            fold: Rows of one sample, one after another, in the batch dimension.
+            rescale: Divide what is kept by the kept share, as dropout does, so that the mean stays.
+            seed: For the masks; None draws fresh ones. The global random state is never touched.
+            masks: Boolean [n, c] with equally many ones in every row, instead of drawn ones.
+        Raises:
+            MaskError: No such masks exist, or `masks` are not of this kind.
+        """
         super().__init__()
+        if batch_dim < 0 or fold < 1:
+            raise MaskError(f"batch_dim={batch_dim}, fold={fold}: count dimensions from 0 and rows of a sample from 1.")
         if masks is None:
             masks = generate_masks(channels, n, scale, seed=seed)
-        if masks.shape != (n, channels):
-            raise MaskError(f"masks have the shape {masks.shape}, not (n, channels) = ({n}, {channels}).")
+        else:
+            check_masks_arguments(n, scale)
+            masks = np.array(masks)
+            _check_masks(masks, channels, n)
         self.channels, self.n, self.scale = channels, n, scale
         self.channel_dim = self.default_channel_dim if channel_dim is None else channel_dim
         self.batch_dim, self.fold, self.rescale = batch_dim, fold, rescale
         self.kept = int(masks[0].sum())
-        self.register_buffer("masks", torch.from_numpy(np.array(masks, dtype=bool)))
+        self.register_buffer("masks", torch.from_numpy(masks))
 
     def forward(self, x: Tensor, members: Assignment | None = None, expand: bool = False) -> Tensor:
         """Mask x.
@@ -163,42 +199,51 @@ class _Masksembles(nn.Module):
         Args:
             x: Activations.
             members: The decision of the root node; None: the rows of x are the members' one after another.
-            expand: x is shared by the members: it has b rows, the result n*b.
+            expand: x is shared by the members: where all of them are asked for, its b rows become n*b.
         """
-        channel_dim = self._check(x)
+        d, channel_dim = self.batch_dim, self._find_channels(x)
+        samples = self._count_samples(x)
         weights = self.masks.to(x.dtype)
         if self.rescale:
             weights = weights * (self.channels / self.kept)
-        d, rows = self.batch_dim, x.shape[self.batch_dim]
-        if members is None and rows % self.n:
-            index = torch.arange(rows, device=x.device) * self.n // rows
-            return x * self._broadcast(weights[index], x.dim(), d, channel_dim)
-        if members is not None and members.index is not None:
-            weights = weights[members.index]
+        member = None if members is None else members.member
+        if members is None and not expand and samples % self.n:
+            member = torch.arange(samples, device=x.device) * self.n // samples
+        if member is not None:
+            if len(member) != samples:
+                self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(member)}")
+            weights = weights[member]
             if self.fold > 1:
                 weights = weights.repeat_interleave(self.fold, 0)
-            return x * self._broadcast(weights, x.dim(), d, channel_dim)
-        parts = x.unsqueeze(d) if expand else x.unflatten(d, (self.n, rows // self.n))
+            return x * _broadcast(weights, x.dim(), d, channel_dim)
+        if expand:
+            parts = x.unsqueeze(d)
+        elif samples % self.n:
+            self._fail(x, f"has {samples} samples in dimension {d}, which is no multiple of n={self.n}")
+        else:
+            parts = x.unflatten(d, (self.n, x.shape[d] // self.n))
         later = channel_dim + 1 if channel_dim > d else channel_dim
-        return (parts * self._broadcast(weights, x.dim() + 1, d, later)).flatten(d, d + 1)
+        return (parts * _broadcast(weights, x.dim() + 1, d, later)).flatten(d, d + 1)
 
-    def _check(self, x: Tensor) -> int:
-        name = type(self).__name__
-        if self.dimensions is not None and x.dim() not in self.dimensions:
-            raise MaskError(f"{name} takes {' or '.join(map(str, self.dimensions))} dimensions; x is {tuple(x.shape)}.")
-        channel_dim = self.channel_dim % x.dim()
-        if x.shape[channel_dim] != self.channels:
-            raise MaskError(
-                f"{name} masks {self.channels} channels in dimension {channel_dim}; x is {tuple(x.shape)} there "
-                f"{x.shape[channel_dim]}. Pass channel_dim= if the channels stand elsewhere."
-            )
-        return channel_dim
+    def _find_channels(self, x: Tensor) -> int:
+        """The channel dimension of x, counted from 0, once x is found to have the right ones."""
+        rank, d = x.dim(), self.channel_dim
+        if self.rank not in (None, rank):
+            self._fail(x, f"has {rank} dimensions, not {self.rank}")
+        if not -rank <= d < rank or d % rank == self.batch_dim or self.batch_dim >= rank:
+            self._fail(x, f"has no dimensions batch_dim={self.batch_dim} and channel_dim={d} beside each other")
+        if x.shape[d] != self.channels:
+            self._fail(x, f"has {x.shape[d]} channels in dimension {d}. Pass channel_dim= if they are elsewhere")
+        return d % rank
 
-    @staticmethod
-    def _broadcast(weights: Tensor, rank: int, row_dim: int, channel_dim: int) -> Tensor:
-        shape = [1] * rank
-        shape[row_dim], shape[channel_dim] = weights.shape
-        return weights.view(shape) if row_dim < channel_dim else weights.t().reshape(shape)
+    def _count_samples(self, x: Tensor) -> int:
+        rows = x.shape[self.batch_dim]
+        if rows % self.fold:
+            self._fail(x, f"has {rows} rows in dimension {self.batch_dim}, which is no multiple of fold={self.fold}")
+        return rows // self.fold
+
+    def _fail(self, x: Tensor, seen: str) -> NoReturn:
+        raise MaskError(f"{self}: x of shape {tuple(x.shape)} {seen}.")
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, n={self.n}, scale={self.scale}, ones={self.kept}"]
@@ -213,19 +258,42 @@ class _Masksembles(nn.Module):
         return ", ".join(parts)
 
 
+def _check_masks(masks: np.ndarray, channels: int, n: int) -> None:
+    if masks.shape != (n, channels):
+        raise MaskError(f"masks have the shape {masks.shape}, not (n, channels) = ({n}, {channels}).")
+    if masks.dtype != np.bool_:
+        raise MaskError(f"masks are {masks.dtype}, not boolean. Pass masks.astype(bool) if they hold zeros and ones.")
+    ones = masks.sum(1)
+    if ones.min() != ones.max() or not ones.min():
+        raise MaskError(f"masks have {ones.tolist()} ones. Every mask needs the same number of them, at least 1.")
+
+
+def _broadcast(weights: Tensor, rank: int, row_dim: int, channel_dim: int) -> Tensor:
+    """[rows, c] to `rank` dimensions, of length 1 but for these two."""
+    shape = [1] * rank
+    shape[row_dim], shape[channel_dim] = weights.shape
+    return (weights if row_dim < channel_dim else weights.t()).reshape(shape)
+
+
 class Masksembles1D(_Masksembles):
-    __doc__ = f"Masks for vectors [b, c] and tokens [b, t, c].\n\n{_Masksembles.__doc__}"
+    """Masks the channels of vectors [b, c] and tokens [b, t, c].
+
+    Masksembles1D(10, 4, 2.0)(torch.ones(4, 10)) has five ones in each row, and row i shows member i's mask.
+    """
+
     default_channel_dim = -1
 
 
 class Masksembles2D(_Masksembles):
-    __doc__ = f"Masks for images [b, c, h, w], or with `channel_dim=-1` [b, h, w, c].\n\n{_Masksembles.__doc__}"
-    dimensions = (4,)
+    """Masks the channels of images [b, c, h, w], or with channel_dim=-1 [b, h, w, c]."""
+
+    rank = 4
 
 
 class Masksembles3D(_Masksembles):
-    __doc__ = f"Masks for volumes [b, c, d, h, w], or with `channel_dim=-1` [b, d, h, w, c].\n\n{_Masksembles.__doc__}"
-    dimensions = (5,)
+    """Masks the channels of volumes [b, c, d, h, w], or with channel_dim=-1 [b, d, h, w, c]."""
+
+    rank = 5
 
 
 def mask_type(rank: int) -> type[_Masksembles]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Sequence, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ CLASS_KEYS = ("logits", "out", "aux")
 
 
 class Prediction(NamedTuple):
-    """Classification: batch first in every field, k classes (or labels) in the base model's dimension.
+    """Classification with k classes (or labels): the batch first, the other dimensions in the base model's order.
 
     Attributes:
         mean: Mean probabilities of the members [b, k, ...].
@@ -28,7 +27,7 @@ class Prediction(NamedTuple):
             `binary_cross_entropy_with_logits`) is the negative log-likelihood of the ensemble.
         entropy: Entropy of the mean [b, ...] in nats: the total uncertainty. For "multilabel" of each label.
         mutual_information: Entropy less the members' mean entropy: how far they disagree (epistemic).
-        members: Logits of each member [b, n, k, ...].
+        members: Logits of each member [b, n, k, ...]; for "probabilities" their logarithms.
     """
 
     mean: Tensor
@@ -52,56 +51,49 @@ class RegressionPrediction(NamedTuple):
     members: Tensor
 
 
-def _register(kind: type) -> None:
-    """`torch.export.save` writes a tuple type by a name, which it has to know."""
-    if kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
-        pytree._register_namedtuple(kind, serialized_type_name=f"masksurgery.{kind.__name__}")
-
-
-_register(Prediction)
-_register(RegressionPrediction)
+for _kind in (Prediction, RegressionPrediction):  # torch.export.save writes the type by a name, which it has to know
+    pytree._register_namedtuple(_kind, serialized_type_name=f"masksurgery.{_kind.__name__}")
 
 
 def classification(members: Tensor, class_dim: int, task: Task) -> Prediction:
     """Aggregate the logits of the members.
 
     Args:
-        members: [b, n, ...]; for `task="probabilities"` probabilities.
-        class_dim: Where the classes are in it.
+        members: [b, n, ...]; for `task="probabilities"` probabilities, which are divided by their sum.
+        class_dim: Where the classes are in it, from 2 on; of no meaning for "multilabel".
         task: "classification", "multilabel" or "probabilities".
     """
-    n = members.shape[1]
     if task == "multilabel":
         log_p, log_not = F.logsigmoid(members), F.logsigmoid(-members)
         log_mean, log_not_mean = _log_mean(log_p), _log_mean(log_not)
-        mean, p = log_mean.exp(), log_p.exp()
-        entropy = _plogp(log_mean) + _plogp(log_not_mean)
-        expected = (_plogp(log_p) + _plogp(log_not)).mean(1)
         logits = log_mean - log_not_mean
+        entropy = _entropy(log_mean) + _entropy(log_not_mean)
+        expected = (_entropy(log_p) + _entropy(log_not)).mean(1)
     else:
         if task == "probabilities":
             members = members.clamp_min(torch.finfo(members.dtype).tiny).log()
         log_p = F.log_softmax(members, class_dim)
         logits = log_mean = _log_mean(log_p)
-        mean, p = log_mean.exp(), log_p.exp()
-        entropy = _plogp(log_mean).sum(class_dim - 1)
-        expected = _plogp(log_p).sum(class_dim).mean(1)
-    variance = p.var(1, correction=0) if n > 1 else torch.zeros_like(mean)
-    return Prediction(mean, variance, logits, entropy, (entropy - expected).clamp_min(0), members)
+        entropy = _entropy(log_mean).sum(class_dim - 1)
+        expected = _entropy(log_p).sum(class_dim).mean(1)
+    p = log_p.exp()
+    return Prediction(p.mean(1), p.var(1, correction=0), logits, entropy, (entropy - expected).clamp_min(0), members)
 
 
 def _log_mean(log_p: Tensor) -> Tensor:
-    return torch.logsumexp(log_p, 1) - math.log(log_p.shape[1])
+    """Log of the members' mean probability; where they agree exactly theirs, and never above 0 by rounding."""
+    largest = log_p.amax(1, keepdim=True).clamp_min(torch.finfo(log_p.dtype).min)  # -inf - -inf is no number
+    return (log_p - largest).exp().mean(1).log() + largest.squeeze(1)
 
 
-def _plogp(log_p: Tensor) -> Tensor:
-    """-p log p, which is 0 at p = 0."""
-    return -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0)
+def _entropy(log_p: Tensor) -> Tensor:
+    """-p log p, which is 0 at p = 0; the logarithm keeps the digits that 1 - p loses near p = 1."""
+    return -log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)
 
 
 def regression(members: Tensor, log_variance: Tensor | None = None) -> RegressionPrediction:
     """Mean and variance over the members [b, n, ...]; with their log-variances, of the Gaussian mixture."""
-    variance = members.var(1, correction=0) if members.shape[1] > 1 else torch.zeros_like(members[:, 0])
+    variance = members.var(1, correction=0)
     if log_variance is not None:
         variance = variance + log_variance.exp().mean(1)
     return RegressionPrediction(members.mean(1), variance, members)
@@ -110,12 +102,19 @@ def regression(members: Tensor, log_variance: Tensor | None = None) -> Regressio
 class Head(nn.Module):
     """Splits every output by members and aggregates it; in training hands the outputs on.
 
+    Each floating-point leaf with a batch dimension becomes a Prediction, or the field of it that `output` names. Other
+    tensors with a batch dimension (an argmax) have no mean: they become the members' values [b, n, ...]. All else,
+    such as None, a number or a tensor without a batch dimension, stays.
+
     Args:
         n: Number of members.
         batch_dims: The batch dimension of each leaf of the output; None where it has none.
         tasks: The task of each leaf.
-        class_dim: Where the classes are in the base model's outputs.
-        heteroscedastic: The two outputs are a mean and a log-variance.
+        class_dim: Where the classes are in the base model's outputs; negative counts from the end.
+        heteroscedastic: The two outputs are a mean and a log-variance, and become one RegressionPrediction.
+    Attributes:
+        output: "prediction", or the name of a field. "logits" is the mean where there are none. As the only result,
+            mean, variance and logits have the base model's dimensions in the base model's order.
     """
 
     def __init__(
@@ -136,30 +135,36 @@ class Head(nn.Module):
             return outputs
         leaves, spec = pytree.tree_flatten(outputs)
         if self.heteroscedastic:
-            mean, log_variance = (self._by_member(x, cast(int, d)) for x, d in zip(leaves, self.batch_dims, strict=True))
-            return self._choose(regression(mean, log_variance))
+            dims = cast(tuple[int, int], self.batch_dims)
+            mean, log_variance = map(self._by_member, leaves, dims)
+            return self._choose(regression(mean, log_variance), dims[0])
         found = [self._aggregate(*leaf) for leaf in zip(leaves, self.batch_dims, self.tasks, strict=True)]
         return pytree.tree_unflatten(found, spec)
 
     def _aggregate(self, x: Any, batch_dim: int | None, task: Task) -> Any:
-        if batch_dim is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        if batch_dim is None or not isinstance(x, Tensor):
             return x
         members = self._by_member(x, batch_dim)
+        if not x.is_floating_point():
+            return members
         if task == "regression":
-            return self._choose(regression(members))
+            return self._choose(regression(members), batch_dim)
         class_dim = self.class_dim % x.dim()
-        return self._choose(classification(members, class_dim + 1 + (class_dim < batch_dim), task))
+        class_dim += 2 if class_dim < batch_dim else 1  # the batch moves to dimension 0, the members come to 1
+        return self._choose(classification(members, class_dim, task), batch_dim)
 
     def _by_member(self, x: Tensor, batch_dim: int) -> Tensor:
-        """[n*b, ...] to [b, n, ...], in at least float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide.unflatten(batch_dim, (self.n, -1)).movedim((batch_dim + 1, batch_dim), (0, 1))
+        """[n*b, ...] to [b, n, ...], floating-point numbers in at least float32."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+        parts = wide.unflatten(batch_dim, (self.n, x.shape[batch_dim] // self.n))
+        return parts.movedim((batch_dim + 1, batch_dim), (0, 1))
 
-    def _choose(self, prediction: Prediction | RegressionPrediction) -> Any:
+    def _choose(self, prediction: Prediction | RegressionPrediction, batch_dim: int) -> Any:
         if self.output == "prediction":
             return prediction
         field = "mean" if self.output == "logits" and "logits" not in prediction._fields else self.output
-        return getattr(prediction, field)
+        value = getattr(prediction, field)
+        return value.movedim(0, batch_dim) if field in ("mean", "variance", "logits") else value
 
     def extra_repr(self) -> str:
         return f"n={self.n}, tasks={sorted(set(self.tasks))}, output={self.output!r}"
@@ -169,11 +174,19 @@ def leaf_tasks(outputs: Any, task: Task) -> list[Task]:
     """The task of each leaf: in a mapping `task` is for the logits alone."""
     if not isinstance(outputs, Mapping):
         return [task] * len(pytree.tree_leaves(outputs))
-    parts = [(task if key in CLASS_KEYS else "regression", value) for key, value in outputs.items()]
-    return [cast(Task, what) for what, value in parts for _ in pytree.tree_leaves(value)]
+    found: list[Task] = []
+    for key, value in outputs.items():
+        found += [task if key in CLASS_KEYS else "regression"] * len(pytree.tree_leaves(value))
+    return found
 
 
-def check_outputs(shapes: Sequence[Sequence[int] | None], tasks: Sequence[Task], class_dim: int, paired: bool) -> None:
+def check_outputs(
+    shapes: Sequence[Sequence[int] | None],
+    tasks: Sequence[Task],
+    class_dim: int,
+    paired: bool,
+    batch_dims: Sequence[int | None] | None = None,
+) -> None:
     """Raise if the outputs of the base model do not suit the task.
 
     Args:
@@ -181,23 +194,29 @@ def check_outputs(shapes: Sequence[Sequence[int] | None], tasks: Sequence[Task],
         tasks: The task of each leaf.
         class_dim: Where the classes should be.
         paired: `heteroscedastic=True` was asked for.
+        batch_dims: The batch dimension of each leaf; None if nothing is known of them.
     Raises:
-        ConfigError: `class_dim` is not in the shape or there is one class only, or two outputs are needed.
+        ConfigError: `class_dim` is not in the shape or is the batch dimension, there is one class only, or two outputs
+            are needed.
         LayoutError: No output has a batch dimension.
     """
     if all(shape is None for shape in shapes):
-        raise LayoutError("No output of the model is a floating-point tensor with a batch dimension: nothing to aggregate.")
+        raise LayoutError("The model returns no floating-point tensor with a batch dimension: nothing to aggregate.")
     if paired and (len(shapes) != 2 or None in shapes or shapes[0] != shapes[1]):
-        raise ConfigError(f"heteroscedastic=True needs two outputs of one shape (mean, log-variance), not {list(shapes)}.")
-    for shape, task in zip(shapes, tasks, strict=True):
+        found = [None if shape is None else tuple(shape) for shape in shapes]
+        raise ConfigError(f"heteroscedastic=True needs two outputs of one shape (mean, log-variance), not {found}.")
+    for shape, task, batch_dim in zip(shapes, tasks, batch_dims or [None] * len(shapes), strict=True):
         if shape is None or task in ("regression", "multilabel"):
             continue
-        if not -len(shape) <= class_dim < len(shape):
-            raise ConfigError(f"class_dim={class_dim} is not in the output's shape {tuple(shape)}. Pass class_dim=.")
-        if shape[class_dim] == 1:
+        seen = tuple(shape)
+        if not -len(seen) <= class_dim < len(seen):
+            raise ConfigError(f"class_dim={class_dim} is not in the output's shape {seen}. Pass another class_dim=.")
+        if class_dim % len(seen) == batch_dim:
             raise ConfigError(
-                f'The output {tuple(shape)} has one class in dimension {class_dim}. Pass task="multilabel" for a '
-                f'probability, or task="regression" for a number.'
+                f"class_dim={class_dim} is where the samples are in the output's shape {seen}. Pass another class_dim=."
             )
-
-
+        if seen[class_dim] == 1:
+            raise ConfigError(
+                f'The output {seen} has one class in dimension {class_dim}. Pass task="multilabel" for the logit of '
+                f'a yes or no, or task="regression" for a number.'
+            )

@@ -71,7 +71,7 @@ def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
                     _plan_shared(source, facts, result)
     if result.source is None:
         raise LayoutError("No input has a batch dimension: unbatched=(...) names them all.")
-    result.batch_dims = _output_batch_dims(facts[next(reversed(graph.nodes))])
+    result.batch_dims = _output_batch_dims(facts[next(iter(reversed(graph.nodes)))])
     return result
 
 

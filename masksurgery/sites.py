@@ -44,6 +44,7 @@ def find_sites(traces: Traces, flow: Flow, config: ConvertConfig) -> Selection:
     named = []
     for site in sites:
         name = site.layer.replace(".", "_") + "_mask" + (f"_{site.call}" if site.call else "")
+        name = f"_{name}" if name[0].isdigit() else name  # children of a Sequential are called 0, 1 ...
         named.append(replace(site, mask=unused_name(name, taken)))
     return Selection(tuple(named), (*skipped, *left_out))
 

@@ -173,7 +173,7 @@ class Tracer(fx.Tracer):
 
 
 def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
-    from timm.layers import get_notrace_functions, get_notrace_modules
+    from timm.models import get_notrace_functions, get_notrace_modules
 
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
@@ -223,7 +223,7 @@ def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[typ
 
 
 def _trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...]) -> fx.Graph:
-    tracer = Tracer(bound, leaf_types)
+    tracer = Tracer(bound, leaf_types)  # outside of the try: it imports timm
     try:
         graph = tracer.trace(model)
     except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy

@@ -216,7 +216,7 @@ def test_record() -> None:
     record = json.loads(model.surgery.to_json())
     assert (record["n"], record["scale"], record["seed"]) == (3, 1.7, 5)
     assert record["sites"][0] == {
-        "layer": "0", "call": 0, "node": "_2", "mask": "0_mask", "channels": 8, "ones": 5, "batch_dim": 0,
+        "layer": "0", "call": 0, "node": "_2", "mask": "_0_mask", "channels": 8, "ones": 5, "batch_dim": 0,
         "channel_dim": 1, "fold": 1, "chain": [], "readers": [],
     }  # fmt: skip
     assert record["skipped"] == [{"layer": "8", "reason": model.surgery.skipped[0].reason}]
@@ -262,7 +262,7 @@ def test_fine_tune_is_said(caplog: pytest.LogCaptureFixture) -> None:
     convert(where="head")
     assert not caplog.records
     convert()
-    assert "fine-tune the model before you use its predictions" in caplog.text
+    assert "fine-tune it before you use its predictions" in caplog.text
 
 
 # --- what is kept of the base model ----------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_recalibrate_is_the_statistics_under_all_masks() -> None:
     model = masksurgery.convert(base, example_inputs=(batches[0],))
     weights = {k: v.clone() for k, v in model.named_parameters()}
     assert masksurgery.recalibrate(model, [(x, torch.zeros(5)) for x in batches]) == 1
-    masks = torch.from_numpy(model.surgery.masks["0_mask"]).double()
+    masks = torch.from_numpy(model.surgery.masks["_0_mask"]).double()
     masks *= masks.shape[1] / masks[0].sum()
     rows = []
     for x in batches:

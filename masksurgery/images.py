@@ -1,0 +1,284 @@
+"""Images in, rows of predictions out: finding and opening files, the model's own preprocessing, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from masksurgery.model import ConvertedModel
+from masksurgery.prediction import Prediction, RegressionPrediction
+from masksurgery.types import ConfigError, MasksurgeryError
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+BATCH_SIZE = 16
+FIELDS = ("path", "rank", "index", "label", "mean", "std", "entropy", "mutual_information")
+BY_HAND = "Call it from Python: masksurgery.load(...)(...)."
+_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageError(MasksurgeryError):
+    """A file cannot be read as an image."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One class, label or output of one image. Only a label of "multilabel" has an entropy of its own."""
+
+    index: int
+    label: str
+    mean: float
+    std: float
+    entropy: float | None = None
+    mutual_information: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The prediction for one image; entropies in nats, None for a regression."""
+
+    path: str
+    entries: tuple[Entry, ...]
+    entropy: float | None = None
+    mutual_information: float | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that could not be read, and why."""
+
+    path: str
+    reason: str
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are given, and the images in folders and their subfolders by name; no hidden ones.
+
+    Raises:
+        ImageError: A path does not exist, or there is no image.
+    """
+    found: dict[Path, None] = {}
+    given = list(paths)
+    for path in given:
+        if path.is_dir():
+            files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
+            found.update((file, None) for file in files if not file.name.startswith("."))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise ImageError(f"'{readable(path)}' does not exist.")
+    if not found:
+        names = ", ".join(f"'{readable(path)}'" for path in given)
+        raise ImageError(f"No image in {names}. Images end in {', '.join(SUFFIXES)}.")
+    return list(found)
+
+
+def readable(path: Path) -> str:
+    """A path as text that can be printed, whatever its bytes are."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def open_image(path: Path, channels: int = 3) -> Image.Image:
+    """Read an image upright, in RGB, or with one channel in grey.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):
+                image = _to_eight_bits(image)
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert(_MODES[channels])
+    except Exception as error:  # the decoders raise whatever a damaged file makes of them
+        known = not isinstance(error, UnidentifiedImageError)
+        reason = (str(error) or type(error).__name__) if known else "it is of no format that PIL knows"
+        raise ImageError(f"'{readable(path)}' cannot be read as an image: {reason}") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits scaled down, where PIL would cut everything above 255 off."""
+    values = np.asarray(image).astype(np.int64)
+    if image.mode != "I" or values.max(initial=0) > 255:
+        values = values // 257
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+# --- preprocessing ---------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Opens images as the tensors that a model takes.
+
+    The size and the channels are those of the model's example inputs; resizing, cropping and normalisation those of its
+    pretrained_cfg, else timm's defaults for ImageNet.
+
+    Raises:
+        ConfigError: The model takes something else than one image.
+    """
+
+    def __init__(self, model: ConvertedModel) -> None:
+        from timm.data import create_transform, resolve_data_config
+
+        shape, dtype = image_input(model)
+        self.channels: int = shape[1]
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        config = resolve_data_config({"input_size": tuple(shape[1:])}, pretrained_cfg=pretrained_cfg(model))
+        for name in ("mean", "std"):  # of three channels where the model has one
+            if len(config[name]) != self.channels:
+                config[name] = (sum(config[name]) / len(config[name]),) * self.channels
+        self.transform = cast(Callable[[Image.Image], Tensor], create_transform(**config, is_training=False))
+
+    def __call__(self, path: Path) -> Tensor:
+        """An image [c, h, w]; an ImageError if it cannot be read."""
+        return self.transform(open_image(path, self.channels)).to(self.dtype)
+
+
+def pretrained_cfg(model: ConvertedModel) -> Mapping[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, Mapping) else {}
+
+
+def image_input(model: ConvertedModel) -> tuple[list[int], str]:
+    """Shape and dtype of the image that the model takes; a ConfigError if it takes something else."""
+    tensors = tree_leaves(model.inputs, is_leaf=_is_tensor)
+    described = [leaf for leaf in tensors if _is_tensor(leaf)]
+    if len(described) == 1 and len(described[0]["shape"]) == 4 and described[0]["shape"][1] in _MODES:
+        return described[0]["shape"], described[0]["dtype"]
+    seen = ", ".join(f"{leaf['dtype']}{leaf['shape']}" for leaf in described)
+    raise ConfigError(
+        f"predict takes models of one image [b, 3, h, w] or [b, 1, h, w]; this one takes {seen}. {BY_HAND}"
+    )
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Mapping) and set(leaf) == {"shape", "dtype"}
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+
+def predict_images(
+    model: ConvertedModel, paths: Sequence[Path], topk: int = 5, batch_size: int = BATCH_SIZE
+) -> Iterator[Row | Broken]:
+    """Predict images in batches, in their order.
+
+    Args:
+        model: Its mode is switched to eval.
+        paths: Image files.
+        topk: Classes or labels per image, the most probable first. A regression has all its outputs.
+        batch_size: Images per forward.
+    Raises:
+        ConfigError: The model takes or returns something else than a batch of images and one row for each.
+    """
+    reader, names = Reader(model), label_names(model)
+    model.eval()
+    model.output = "prediction"
+    for start in range(0, len(paths), batch_size):
+        results: list[Tensor | Broken] = []
+        for path in paths[start : start + batch_size]:
+            try:
+                results.append(reader(path))
+            except ImageError as error:
+                results.append(Broken(readable(path), str(error)))
+        images = [result for result in results if isinstance(result, Tensor)]
+        predicted = iter(_predict_batch(model, torch.stack(images)) if images else ())
+        for path, result in zip(paths[start:], results, strict=False):
+            yield result if isinstance(result, Broken) else _row(readable(path), next(predicted), names, topk)
+
+
+def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[Prediction | RegressionPrediction]:
+    """The prediction of each image, in double precision on the CPU."""
+    with torch.inference_mode():
+        outputs = model(x)
+    kinds = (Prediction, RegressionPrediction)
+    found = [p for p in tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, kinds)) if isinstance(p, kinds)]
+    p = next((p for p in found if isinstance(p, Prediction)), found[0])
+    if isinstance(p, Prediction) and p.mean.dim() != 2:
+        raise ConfigError(
+            f"predict writes a row for each image; this model returns {list(p.mean.shape)} for {len(x)}. {BY_HAND}"
+        )
+    for fields in zip(*(field.double().cpu() for field in p), strict=True):
+        yield type(p)(*fields)
+
+
+def _row(path: str, p: Prediction | RegressionPrediction, names: Sequence[str] | None, topk: int) -> Row:
+    means, stds = p.mean.flatten().tolist(), p.variance.sqrt().flatten().tolist()
+    if isinstance(p, RegressionPrediction):
+        return Row(path, tuple(Entry(i, f"output {i}", *pair) for i, pair in enumerate(zip(means, stds, strict=True))))
+    labels = names if names and len(names) == len(means) else [f"class {i}" for i in range(len(means))]
+    best = p.mean.argsort(descending=True, stable=True)[:topk].tolist()
+    if p.entropy.dim() == 0:
+        entries = tuple(Entry(i, labels[i], means[i], stds[i]) for i in best)
+        return Row(path, entries, p.entropy.item(), p.mutual_information.item())
+    own = list(zip(p.entropy.tolist(), p.mutual_information.tolist(), strict=True))
+    return Row(path, tuple(Entry(i, labels[i], means[i], stds[i], *own[i]) for i in best))
+
+
+def label_names(model: ConvertedModel) -> list[str] | None:
+    """The names of the classes: those in the model's pretrained_cfg, else ImageNet's where their number fits."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    cfg = pretrained_cfg(model)
+    if cfg.get("label_names"):
+        described = cfg.get("label_descriptions")
+        more = described if isinstance(described, Mapping) else {}
+        return [str(more.get(name, name)) for name in cfg["label_names"]]
+    subset = infer_imagenet_subset(dict(cfg))
+    return list(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+# --- rows in files ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[TextIO]:
+    try:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except OSError as error:
+        raise ConfigError(f"'{readable(file)}' cannot be written: {error.strerror}.") from error
+
+
+def write_json(rows: Sequence[Row], file: Path) -> None:
+    """A list with an object for each image; what is not finite becomes null, what does not apply is left out."""
+    text = json.dumps([_finite(asdict(row)) for row in rows], indent=2, ensure_ascii=False)
+    with _writing(file) as stream:
+        stream.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items() if part is not None}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(rows: Sequence[Row], file: Path) -> None:
+    """A line for each class, label or output of each image, the most probable first."""
+    with _writing(file) as stream:
+        writer = csv.writer(stream)
+        writer.writerow(FIELDS)
+        for row in rows:
+            for rank, entry in enumerate(row.entries, 1):
+                of = entry if row.entropy is None else row
+                own = (of.entropy, of.mutual_information)
+                writer.writerow((row.path, rank, entry.index, entry.label, entry.mean, entry.std, *own))

@@ -1,0 +1,235 @@
+"""Files of weights: read without running what is in them, loaded into a model key by key, and written whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from masksurgery.sources import one_line
+from masksurgery.types import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+"""Where training scripts put the weights in their checkpoints; averaged weights first, as timm has it."""
+
+PREFIXES = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before every key."""
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint into a base model, strictly.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its keys or shapes are not the model's.
+    """
+    state = unwrap(read_tensors(path), path)
+    check_keys(state, model.state_dict(), path, _adapt_hint)
+    model.load_state_dict(state, strict=True)
+
+
+def read_tensors(path: Path) -> Any:
+    """What a .safetensors, .pth, .pt or .bin file holds, on the CPU; no code in it is ever run.
+
+    Raises:
+        CheckpointError: It is missing, damaged, of another kind, or holds more than `weights_only` allows.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file. Pass a file of weights.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or cut short ({error}). Copy or save it again."
+            ) from error
+    if path.suffix not in (".pth", ".pt", ".bin"):
+        raise CheckpointError(
+            f"{path}: a file of weights ends in .safetensors, .pth, .pt or .bin, not in '{path.suffix}'."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, for it is damaged or holds more than tensors, and loading that could run code "
+            f"(torch.load(weights_only=True) does not read it). Save model.state_dict() alone, best as .safetensors."
+        ) from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not a file of torch.save, or cut short ({type(error).__name__}). Save it again."
+        ) from error
+
+
+def unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without what training scripts put around it.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    while isinstance(content, Mapping) and not _is_state(content):
+        inner = next((content[key] for key in NESTINGS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not _is_state(content):
+        seen = (
+            f"keys {', '.join(map(repr, list(content)[:5]))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise CheckpointError(f"{path}: holds no state dict (it has {seen}). Save model.state_dict().")
+    state = dict(content)
+    for prefix in (*PREFIXES, *PREFIXES):  # in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _is_state(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def check_keys(
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    path: Path,
+    hint: Any = lambda wrong: "",
+    model: str = "the model",
+) -> None:
+    """Raise a CheckpointError that names the first keys that are missing, unexpected or of another shape."""
+    wrong = {
+        key: (tuple(found[key].shape), tuple(wanted[key].shape))
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    }
+    faults = [
+        _first("missing", [key for key in wanted if key not in found]),
+        _first("unexpected", [key for key in found if key not in wanted]),
+        _first("of another shape", [f"{key} {shape} instead of {other}" for key, (shape, other) in wrong.items()]),
+    ]
+    if any(faults):
+        text = "; ".join(fault for fault in faults if fault)
+        raise CheckpointError(f"{path}: the keys are not those of {model}. {text}.{hint(wrong)}")
+
+
+def _first(what: str, names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{what}: {', '.join(names[:count])}{more}" if names else ""
+
+
+def _adapt_hint(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """What to do where only the classifier differs."""
+    layers = {key.rpartition(".")[0] for key in wrong}
+    rows = {(found[:1], wanted[:1]) for found, wanted in wrong.values() if found[1:] == wanted[1:]}
+    if len(layers) != 1 or len(rows) != 1 or not all(found[1:] == wanted[1:] for found, wanted in wrong.values()):
+        return ""
+    ((found, wanted),) = rows
+    if not found or not wanted:
+        return ""
+    (layer,) = layers
+    return (
+        f" The checkpoint's classifier '{layer}' has {found[0]} classes, the model's {wanted[0]}: "
+        f"pass num_classes={found[0]} (--num-classes {found[0]})."
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module) -> set[frozenset[str]]:
+    """The names of each parameter that has more than one."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def collect_tensors(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a model as they are written, each parameter once, and the further names of tied ones.
+
+    Raises:
+        CheckpointError: Something in the state dict is no tensor, or holds no values; `path` is for the message.
+    """
+    aliases: dict[str, str] = {}
+    for group in parameter_groups(model):
+        first, *others = [name for name in model.state_dict() if name in group]
+        aliases.update(dict.fromkeys(others, first))
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            what = "a tensor without data" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{path}: '{name}' is {what}, which cannot be written. Give the model its values.")
+        if name in aliases:
+            continue
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor  # a view of another: written as a copy
+        storages.add(storage)
+    return tensors, dict(sorted(aliases.items()))
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], text: str, identity: str) -> None:
+    """Write model.safetensors and config.json, both or neither.
+
+    Both are written under other names first; config.json is put in place last, so a folder that has it is complete.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    is_new = not folder.exists()
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    weights, config, backup = (folder / f".{name}.{token}.tmp" for name in (WEIGHTS, CONFIG, "backup"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, weights, metadata={"format": "pt", "masksurgery": identity})
+        config.write_text(text, encoding="utf-8")
+        for path in (weights, config):
+            _sync(path)
+        _replace_both(folder, weights, config, backup)
+        _sync(folder)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({one_line(error)}). What was there before is as it was."
+        ) from error
+    finally:
+        for path in (weights, config, backup):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing came into it
+
+
+def _replace_both(folder: Path, weights: Path, config: Path, backup: Path) -> None:
+    """If the second file cannot be put in place, the first one goes back."""
+    with contextlib.suppress(OSError):  # there is none, or the file system has no links
+        os.link(folder / WEIGHTS, backup)
+    os.replace(weights, folder / WEIGHTS)
+    try:
+        os.replace(config, folder / CONFIG)
+    except BaseException:
+        if backup.exists():
+            os.rename(backup, folder / WEIGHTS)
+        raise
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
