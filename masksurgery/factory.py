@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ContextManager, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ def from_recipe(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module
     return _make(recipe, kwargs, _NoDraws()).to(device)
 
 
-def _make(recipe: Recipe, kwargs: Mapping[str, Any], context: ContextManager[Any]) -> nn.Module:
+def _make(recipe: Recipe, kwargs: Mapping[str, Any], context: AbstractContextManager[Any]) -> nn.Module:
     make = _make_timm if recipe.source == "timm" else make_torchvision
     with torch.random.fork_rng(devices=[]), context:
         return build_model(lambda _: make(recipe.name, kwargs), recipe.name, kwargs, pretrained=False).eval()

@@ -21,12 +21,12 @@ class Assignment(NamedTuple):
 
     Attributes:
         repeats: n where every sample goes through all members, else 1.
-        member: Member of each sample [b], where it goes through one only.
+        index: Member of each sample [b], where it goes through one only.
         aggregate: The outputs of the members are to become a Prediction.
     """
 
     repeats: int
-    member: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     aggregate: bool
 
 
@@ -206,13 +206,13 @@ class _Masksembles(nn.Module):
         weights = self.masks.to(x.dtype)
         if self.rescale:
             weights = weights * (self.channels / self.kept)
-        member = None if members is None else members.member
+        index = None if members is None else members.index
         if members is None and not expand and samples % self.n:
-            member = torch.arange(samples, device=x.device) * self.n // samples
-        if member is not None:
-            if len(member) != samples:
-                self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(member)}")
-            weights = weights[member]
+            index = torch.arange(samples, device=x.device) * self.n // samples
+        if index is not None:
+            if len(index) != samples:
+                self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(index)}")
+            weights = weights[index]
             if self.fold > 1:
                 weights = weights.repeat_interleave(self.fold, 0)
             return x * _broadcast(weights, x.dim(), d, channel_dim)

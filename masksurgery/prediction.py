@@ -155,7 +155,7 @@ class Head(nn.Module):
 
     def _by_member(self, x: Tensor, batch_dim: int) -> Tensor:
         """[n*b, ...] to [b, n, ...], floating-point numbers in at least float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+        wide = x.float() if x.is_floating_point() and torch.finfo(x.dtype).bits < 32 else x
         parts = wide.unflatten(batch_dim, (self.n, x.shape[batch_dim] // self.n))
         return parts.movedim((batch_dim + 1, batch_dim), (0, 1))
 

@@ -24,6 +24,18 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.LocalResponseNorm,
     nn.CrossMapLRN2d,
 )
+# They make a tensor of sizes and take no tensor, so that older torch.fx does not notice a size that is a Proxy.
+FACTORIES = (
+    torch.arange,
+    torch.empty,
+    torch.eye,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,8 @@ class Tracer(fx.Tracer):
 
     def __init__(self, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> None:
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_functions=functions)
+        super().__init__(autowrap_functions=(*functions, *FACTORIES))
+        self._autowrap_search.append(torch)
         self.bound = bound
         self.leaf_types = leaf_types
         self.untraceable = modules
@@ -230,10 +243,13 @@ def _trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[ty
         if tracer.failed is not None:
             return _trace(model, bound, (*leaf_types, tracer.failed))
         mode = "training" if model.training else "eval"
+        cause = str(error).strip().partition("\n")[0].rstrip(".")
         raise TraceError(
-            f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {error}. "
+            f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {cause}. "
             f"Control flow on the values of tensors cannot be followed: convert the part without it, or rewrite it."
         ) from error
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # else the generated code wraps the function for every later trace as well
     graph.lint()
     return graph
 

@@ -547,9 +547,9 @@ def test_a_fixed_assignment_is_for_training_alone() -> None:
     members, x = Members(4), torch.randn(3, 2)
     members.fixed = torch.tensor([2, 2, 0])
     state = torch.get_rng_state()
-    assert members.train()(x).member.tolist() == [2, 2, 0]
+    assert members.train()(x).index.tolist() == [2, 2, 0]
     assert torch.equal(torch.get_rng_state(), state)
-    assert members.eval()(x).member is None
+    assert members.eval()(x).index is None
     assert list(members.state_dict()) == []
     layer = Masksembles1D(2, 4, 1.0)
     with pytest.raises(MaskError, match="has 5 samples in dimension 0, and members were assigned to 3"):
@@ -561,7 +561,7 @@ def test_a_fixed_assignment_is_for_training_alone() -> None:
     [(3, torch.zeros(5, 2)), {"flag": None, "x": torch.zeros(5, 2)}, [torch.zeros(()), torch.zeros(5)]],
 )
 def test_the_batch_size_is_that_of_one_leaf(inputs: Any) -> None:
-    assert Members(2, leaf=1).train()(inputs).member.shape == (5,)
+    assert Members(2, leaf=1).train()(inputs).index.shape == (5,)
 
 
 # --- repeats ---------------------------------------------------------------------------------------------------------
