@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ def verify(
             parts (dropout, stochastic depth) drawn alike in both; in `repeat` mode all members, dropout modules
             switched off, since a part that is computed once for all members draws once.
     Raises:
-        VerificationError: They differ by more than the tolerance; or the members do not differ although their masks do.
+        VerificationError: They differ by more than the tolerance; the members do not differ although their masks do;
+            or the masks are not those that the conversion decided.
     Source:
         The oracle is the definition in Durasov et al. 2021, arXiv:2012.08334, section 3.
     """
@@ -74,12 +75,12 @@ def verify(
     example = (args, kwargs)
     with torch.no_grad():
         oracle = Oracle(base, model, example)
-        causes = _causes(model, base)
+        changed, causes = _changed_masks(model), _other_weights(model, base)
         if mode == "eval":
             ours, theirs = _eval_outputs(model, oracle, example)
         else:
             ours, theirs = _train_outputs(model, oracle, example)
-    return _compare(model, ours, theirs, oracle.routes, tolerance, mode == "eval", causes)
+    return _compare(model, ours, theirs, oracle.routes, tolerance, mode == "eval", changed, causes)
 
 
 def _eval_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -164,6 +165,7 @@ def _compare(
     routes: Mapping[str, int],
     tolerance: float | None,
     members: bool,
+    changed: str,
     causes: str,
 ) -> Verification:
     dtype = ours[0].dtype if theirs[0].dtype not in (torch.float16, torch.bfloat16) else theirs[0].dtype
@@ -178,13 +180,15 @@ def _compare(
     if not error <= limit * largest:  # also if it is nan
         raise VerificationError(
             f"A member differs by {error:.3g} from the base model with its masks multiplied in: {result.relative:.3g} "
-            f"of the largest member output {largest:.3g}, more than the tolerance {limit:.3g}.{causes}"
+            f"of the largest member output {largest:.3g}, more than the tolerance {limit:.3g}.{changed}{causes}"
         )
     if members and spread == 0 and any(not masks.all() for masks in model.surgery.masks.values()):
         raise VerificationError(
             "All members are equal although their masks differ: the masked channels do not reach the output (a weight "
             "of zero behind them?), so nothing is proved. Randomise the parameters of both models and convert again."
         )
+    if changed:  # a bit of a channel that is zero anyway changes no output
+        raise VerificationError(f"The outputs agree, but{changed}")
     return result
 
 
@@ -193,15 +197,18 @@ def _largest(tensors: list[Tensor]) -> float:
     return float(torch.stack([x.abs().max().double() for x in tensors]).max())
 
 
-def _causes(model: ConvertedModel, base: nn.Module) -> str:
-    """What is known to differ: masks that are not the decided ones, weights that are not the base model's."""
+def _changed_masks(model: ConvertedModel) -> str:
+    """What to say of masks that are not the decided ones."""
     changed = [
         name
         for name, masks in model.surgery.masks.items()
-        if not torch.equal(model.get_submodule(name).masks.cpu(), torch.from_numpy(masks))  # type: ignore[arg-type]
+        if not torch.equal(cast(Tensor, model.get_submodule(name).masks).cpu(), torch.from_numpy(masks))
     ]
+    return f" these masks are not those the conversion decided: {', '.join(changed)}." if changed else ""
+
+
+def _other_weights(model: ConvertedModel, base: nn.Module) -> str:
+    """What to say of weights that are not the base model's."""
     ours = model.state_dict()
     weights = [name for name, x in base.state_dict().items() if name in ours and not torch.equal(x, ours[name])]
-    return (f" These masks are not those the conversion decided: {', '.join(changed)}." if changed else "") + (
-        f" The models do not have the same weights: '{weights[0]}' is one of {len(weights)}." if weights else ""
-    )
+    return f" The models do not have the same weights: '{weights[0]}' is one of {len(weights)}." if weights else ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
+from masksurgery import VerificationError, verify
 from masksurgery.model import ConvertedModel
 from nets import randomise
 
@@ -61,8 +63,26 @@ def by_member(rows: Tensor, n: int, batch_dim: int = 0) -> Tensor:
     return rows.unflatten(batch_dim, (n, -1)).movedim((batch_dim + 1, batch_dim), (0, 1))
 
 
-def live_channel(model: ConvertedModel, mask: str, inputs: tuple) -> int:
-    """The channel of a site whose activations are largest: a ReLU leaves some dead, whose mask bit changes nothing."""
+def flips_found(model: ConvertedModel, base: nn.Module, mask: str, inputs: tuple) -> bool:
+    """Flip one bit of a mask: `verify` has to fail. Returns whether it failed by the outputs of the members.
+
+    The channels with the largest activations are tried first: a ReLU leaves some dead, there or in a later sum, and
+    their bits change no output.
+    """
+    masks = model.get_submodule(mask).masks
+    for channel in _largest_channels(model, mask, inputs)[:8]:
+        masks[1, channel] = ~masks[1, channel]
+        with pytest.raises(
+            VerificationError, match=f"these masks are not those the conversion decided: {mask}"
+        ) as error:
+            verify(model, base, *inputs)
+        masks[1, channel] = ~masks[1, channel]
+        if "more than the tolerance" in str(error.value):
+            return True
+    return False
+
+
+def _largest_channels(model: ConvertedModel, mask: str, inputs: tuple) -> list[int]:
     seen: list[Tensor] = []
     module = model.get_submodule(mask)
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -70,4 +90,4 @@ def live_channel(model: ConvertedModel, mask: str, inputs: tuple) -> int:
         model(*inputs)
     handle.remove()
     others = [d for d in range(seen[0].dim()) if d != module.channel_dim % seen[0].dim()]
-    return int(seen[0].abs().sum(others).argmax())
+    return seen[0].abs().sum(others).argsort(descending=True).tolist()
