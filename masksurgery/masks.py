@@ -154,9 +154,9 @@ def _chain_by_rejection(channels: int, n: int, ones: int, universe: int, rng: np
 def _chain_by_weights(channels: int, n: int, ones: int, rng: np.random.Generator) -> np.ndarray:
     """The same law without a universe: for wide masks that hardly overlap, for which M would be vast.
 
-    State t is the overlap so far (union u = k m - t after k masks), d = n m - c in the end. A step with overlap o weighs
-    C(u, o) m! / (m - o)!. Sums over all ways to end at d, from the last mask back; then the steps from the first mask on.
-    Takes time n d^2 and memory d^2.
+    State t is the overlap so far (union u = k m - t after k masks), d = n m - c in the end. A step with overlap o
+    weighs C(u, o) m! / (m - o)!. Sums over all ways to end at d, from the last mask back; then the steps from the first
+    mask on. Takes time n d^2 and memory d^2.
 
     Shape:
         Result (n,), integers that sum to c.
@@ -189,7 +189,7 @@ def _fill(channels: int, ones: int, fresh: np.ndarray, rng: np.random.Generator)
     masks = np.zeros((len(fresh), channels), dtype=bool)
     order = rng.permutation(channels)
     union = 0
-    for mask, new in zip(masks, fresh.tolist()):
+    for mask, new in zip(masks, fresh.tolist(), strict=True):
         mask[order[rng.choice(union, ones - new, replace=False, shuffle=False)]] = True
         mask[order[union : union + new]] = True
         union += new

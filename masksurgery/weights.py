@@ -195,6 +195,9 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], text: str, identity: 
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, weights, metadata={"format": "pt", "masksurgery": identity})
         config.write_text(text, encoding="utf-8")
+        weights.chmod(
+            config.stat().st_mode & 0o777
+        )  # safetensors writes for the owner alone, but a folder is to be shared
         for path in (weights, config):
             _sync(path)
         _replace_both(folder, weights, config, backup)

@@ -22,7 +22,7 @@ from masksurgery import CheckpointError
 from masksurgery.checkpoint import CONFIG, WEIGHTS
 from masksurgery.factory import create_base
 from masksurgery.model import ConvertedModel
-from nets import randomise
+from nets import NETS, randomise
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -343,3 +343,12 @@ def test_a_folder_of_an_earlier_release_predicts_as_it_did(version: str, name: s
     leaves = predict(model, expected["x"])
     torch.testing.assert_close(leaves[0], expected["mean"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaves[-1], expected["members"], rtol=1e-5, atol=1e-5)
+
+
+def test_both_files_can_be_read_by_the_same_people(tmp_path: Path) -> None:
+    net = NETS["conv_bn_relu"]
+    model = masksurgery.convert(net.build().eval(), example_inputs=net.inputs(2))
+    folder = masksurgery.save(model, tmp_path / "saved")
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1
+    assert modes.pop() & 0o400
