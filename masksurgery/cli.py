@@ -198,7 +198,7 @@ def _next_step(model: ConvertedModel, directory: Path) -> str:
     name = readable(directory)
     if model.config.where == "all":
         return (
-            "Masks inside the network change what it computes: fine-tune it before you use its predictions.\n"
+            "Masks inside the network change what it computes:\nfine-tune it before you use its predictions.\n"
             f"Next, in your training loop: model = masksurgery.load({name!r})"
         )
     try:

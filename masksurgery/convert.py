@@ -104,7 +104,7 @@ def convert(
     }
     sites = [replace(site, ones=int(masks[site.mask][0].sum())) for site in selection.sites]
     converted = build(draft, sites, masks, selection.skipped)
-    if where == "all":
+    if FINE_TUNE in converted.surgery.notes:
         logger.warning("%s: %d sites; %s.", type(model).__name__, len(sites), FINE_TUNE)
     return converted
 
@@ -202,7 +202,8 @@ def build(
     for graph, graph_plan in zip((traces.eval, traces.train), plans, strict=False):
         modules.update(rewrite(graph, graph_plan, names))
     modules[names["prediction"]] = Head(config.n, batch_dims, tasks, config.class_dim, config.heteroscedastic)
-    notes = (*traces.notes, FINE_TUNE) if config.where == "all" else traces.notes
+    changes = config.where == "all" and not all(rows.all() for rows in masks.values())
+    notes = (*traces.notes, FINE_TUNE) if changes else traces.notes
     surgery = Surgery(config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks))
     return ConvertedModel(draft.base, traces, modules, surgery, config, names, draft.inputs)
 

@@ -120,7 +120,9 @@ def check_keys(
     ]
     if any(faults):
         text = "; ".join(fault for fault in faults if fault)
-        raise CheckpointError(f"{path}: the keys are not those of {model}. {text}.{hint(wrong)}")
+        raise CheckpointError(
+            f"{path}: the keys are not those of {model}. {text}.{hint(wrong) if set(found) == set(wanted) else ''}"
+        )
 
 
 def _first(what: str, names: list[str], count: int = 3) -> str:

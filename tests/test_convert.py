@@ -453,3 +453,15 @@ def test_auxiliary_heads_live_in_training_only() -> None:
     assert isinstance(model.eval()(x), masksurgery.Prediction)
     logits, aux2, aux1 = model.train()(x)
     assert logits.shape == aux1.shape == aux2.shape == (2, 5)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(argument: str) -> None:
+    with pytest.raises(SiteError, match=rf"{argument}: 'nope\.\*' matches no module of Sequential"):
+        convert(**{argument: ["0", "nope.*"]})
+
+
+def test_nothing_to_fine_tune_where_masks_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert convert(scale=1.0).surgery.notes == ()
+    assert convert(n=1).surgery.notes == ()
+    assert not caplog.records
