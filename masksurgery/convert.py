@@ -199,6 +199,9 @@ def build(
             site.channels, config.n, config.scale, channel_dim=site.channel_dim, batch_dim=site.batch_dim,
             fold=site.fold, rescale=config.rescale, masks=masks[site.mask],
         )  # fmt: skip
+        device = _device_of(traces.module.get_submodule(site.layer))
+        if device is not None:
+            modules[site.mask].to(device)
     for graph, graph_plan in zip((traces.eval, traces.train), plans, strict=False):
         modules.update(rewrite(graph, graph_plan, names))
     modules[names["prediction"]] = Head(config.n, batch_dims, tasks, config.class_dim, config.heteroscedastic)
@@ -206,6 +209,12 @@ def build(
     notes = (*traces.notes, FINE_TUNE) if changes else traces.notes
     surgery = Surgery(config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks))
     return ConvertedModel(draft.base, traces, modules, surgery, config, names, draft.inputs)
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    """Where the parameters of a module are; None on the meta device, where masks would lose their values."""
+    device = next((p.device for p in module.parameters()), None)
+    return None if device is None or device.type == "meta" else device
 
 
 def _plan(draft: Draft, sites: Sequence[Site]) -> list[Plan]:

@@ -203,7 +203,7 @@ class _Masksembles(nn.Module):
         """
         d, channel_dim = self.batch_dim, self._find_channels(x)
         samples = self._count_samples(x)
-        weights = self.masks.to(x.dtype)
+        weights = self.masks.to(x.device, x.dtype)  # a model without data has masks with data
         if self.rescale:
             weights = weights * (self.channels / self.kept)
         index = None if members is None else members.index
