@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from masksurgery.candidates import channel_dim_of, resolve_types
 from masksurgery.flow import Flow
 from masksurgery.layers import Members, _Masksembles, mask_type
-from masksurgery.layout import Facts, analyse
+from masksurgery.layout import Example, Facts, analyse
 from masksurgery.masks import generate_masks, site_seed
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Head, check_outputs, leaf_tasks
@@ -142,11 +142,12 @@ class Draft:
         unknown = set(config.unbatched) - set(inputs)
         if unknown:
             raise ConfigError(f"unbatched={config.unbatched!r} names {sorted(unknown)}; the inputs are {list(inputs)}.")
-        traces = trace(copy.deepcopy(model), bound, config.after or ())
+        example = Example.of(inputs, config.unbatched)
+        traces = trace(copy.deepcopy(model), bound, example, config.after or ())
 
         def facts(graph: fx.Graph) -> dict[fx.Node, Facts]:
             root = traces.module
-            return analyse(graph, root, inputs, lambda node: channel_dim_of(root, node), config.unbatched)
+            return analyse(graph, root, example, lambda node: channel_dim_of(root, node))
 
         eval_facts = facts(traces.eval)
         train_facts = eval_facts if traces.train is traces.eval else facts(traces.train)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -105,29 +105,76 @@ def layout_of(dims: Dims, name: str) -> Layout:
     return Layout(batch_dim, channel_dim, outer, fold)
 
 
+@dataclass(frozen=True)
+class Example:
+    """What one forward takes, at both batch sizes.
+
+    Attributes:
+        values: By the name of the placeholder, at each of BATCH_SIZES.
+        dims: The axes of the tensors in each of the first values.
+    """
+
+    values: tuple[Mapping[str, Any], Mapping[str, Any]]
+    dims: Mapping[str, Sequence[Dims]]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], unbatched: tuple[str, ...] = ()) -> Example:
+        """Samples repeated to both sizes; dimension 0 of every tensor is the batch.
+
+        Args:
+            inputs: Example values by the name of the placeholder.
+            unbatched: Names of those without a batch dimension.
+        """
+
+        def resize(x: Any, size: int) -> Any:
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return x
+            return x.detach()[torch.arange(size, device=x.device) % max(len(x), 1)]
+
+        def dims_of(x: Tensor, batched: bool) -> Dims:
+            axes = [() if size == 1 else (Axis(size),) for size in x.shape]
+            if batched and axes:
+                axes[0] = (Axis(BATCH_SIZES[0], batch=True),)
+            return tuple(axes)
+
+        resized = [
+            {k: v if k in unbatched else tree_map(lambda x: resize(x, size), v) for k, v in inputs.items()}  # noqa: B023
+            for size in BATCH_SIZES
+        ]
+        dims = {k: [dims_of(x, k not in unbatched) for x in _tensors(v)] for k, v in resized[0].items()}
+        return cls((resized[0], resized[1]), dims)
+
+    def without_data(self, device: str | None = None) -> list[dict[str, Any]]:
+        """The same shapes; under a mode of fake tensors these."""
+
+        def empty(x: Any) -> Any:
+            return torch.empty(x.shape, dtype=x.dtype, device=device or x.device) if isinstance(x, Tensor) else x
+
+        return [{name: tree_map(empty, value) for name, value in values.items()} for values in self.values]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def analyse(
-    graph: fx.Graph,
-    root: nn.Module,
-    inputs: Mapping[str, Any],
-    channel_dim: Callable[[fx.Node], int | None],
-    unbatched: tuple[str, ...] = (),
+    graph: fx.Graph, root: nn.Module, example: Example, channel_dim: Callable[[fx.Node], int | None]
 ) -> dict[fx.Node, Facts]:
     """Run the graph at two batch sizes and collect the facts of every node.
 
     Args:
         graph: A traced graph. It is not changed.
         root: The module that it was traced from; its parameters are not read, only their shapes.
-        inputs: Example values by the name of the placeholder; dimension 0 of every tensor is the batch.
+        example: What one forward takes.
         channel_dim: Where a layer's output has its channels (counted from the end), None for other nodes.
-        unbatched: Names of placeholders without a batch dimension.
     Raises:
         LayoutError: The graph cannot be run without data.
     """
     # The meta device is two to three times as fast as fake tensors, but does not know a CPU tensor beside a meta one.
     for make in (_on_meta, _on_fake):
         try:
-            with torch.no_grad(), make(root) as (module, device):
-                return _analyse(graph, module, device, inputs, channel_dim, unbatched)
+            with torch.no_grad(), make(root, example) as (module, given):
+                return _analyse(graph, module, given, example.dims, channel_dim)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             failure = error
     raise LayoutError(f"The model cannot be run without data, on its example inputs: {failure}") from failure
@@ -136,12 +183,10 @@ def analyse(
 def _analyse(
     graph: fx.Graph,
     module: nn.Module,
-    device: torch.device | None,
-    inputs: Mapping[str, Any],
+    given: Sequence[Mapping[str, Any]],
+    dims: Mapping[str, Sequence[Dims]],
     channel_dim: Callable[[fx.Node], int | None],
-    unbatched: tuple[str, ...],
 ) -> dict[fx.Node, Facts]:
-    given = [_resize(inputs, size, device, unbatched) for size in BATCH_SIZES]
     others = {node: shapes(value) for node, value in _run(graph, module, given[1], lambda node, call: call())}
     facts: dict[fx.Node, Facts] = {}
     tracker = _Tracker()
@@ -158,7 +203,9 @@ def _analyse(
         facts[node] = fact = Facts(value, others[node], data=data)
         if node.op == "placeholder":
             fact.data = True
-        _finalise(node, fact, tracker, channel_dim(node), batched=node.target not in unbatched)
+            for x, known in zip(_tensors(value), dims[str(node.target)], strict=True):
+                set_dims(x, known)
+        _finalise(fact, tracker, channel_dim(node))
         return value
 
     for _ in _run(graph, module, given[0], track):
@@ -173,7 +220,7 @@ def _run(
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
         try:
-            env[node] = step(node, lambda: _call(node, module, inputs, args, kwargs))  # noqa: B023
+            env[node] = step(node, lambda: call_node(node, module, inputs, args, kwargs))  # noqa: B023
         except LayoutError:
             raise
         except Exception as error:
@@ -181,7 +228,14 @@ def _run(
         yield node, env[node]
 
 
-def _call(node: fx.Node, module: nn.Module, inputs: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+def call_node(node: fx.Node, module: nn.Module, inputs: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+    """What a node computes.
+
+    Args:
+        node: Of a graph that was traced from `module`.
+        inputs: Values of the placeholders, by name.
+        args: Its arguments, nodes replaced by values; `kwargs` likewise.
+    """
     if node.op == "placeholder":
         return inputs[cast(str, node.target)]
     if node.op == "get_attr":
@@ -217,7 +271,7 @@ def _own(value: Any, sources: list[Facts]) -> Any:
     return tree_map(own, value)
 
 
-def _finalise(node: fx.Node, fact: Facts, tracker: _Tracker, channel_dim: int | None, batched: bool) -> None:
+def _finalise(fact: Facts, tracker: _Tracker, channel_dim: int | None) -> None:
     """Give the output fresh axes, whose parents are the axes of the inputs."""
     fact.kinds, fact.unknown, fact.split = tuple(tracker.kinds), tuple(tracker.unknown), frozenset(tracker.split)
     tensors = [leaf for leaf in tree_leaves(fact.value) if isinstance(leaf, Tensor)]
@@ -231,7 +285,7 @@ def _finalise(node: fx.Node, fact: Facts, tracker: _Tracker, channel_dim: int | 
                 Axis(axis.size, axis.batch, axis.channel if is_channel is None else is_channel, parents=axis.sources)
                 for axis in dim
             )
-            made = (node.op == "placeholder" and batched) or (not fact.data and not any(axis.batch for axis in fresh))
+            made = not fact.data and not any(axis.batch for axis in fresh)
             if made and d < len(other) and x.shape[d] != other[d] and x.shape[d] % BATCH_SIZES[0] == 0:
                 fold = x.shape[d] // BATCH_SIZES[0]
                 fresh = (Axis(BATCH_SIZES[0], batch=True), *((Axis(fold),) if fold > 1 else ()))
@@ -281,35 +335,28 @@ def _signature(func: Any) -> tuple[list[str], dict[str, Any]]:
     return [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
-def _resize(
-    inputs: Mapping[str, Any], size: int, device: torch.device | None, unbatched: tuple[str, ...]
-) -> dict[str, Any]:
-    def resize(x: Any, name: str) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        shape = x.shape if name in unbatched or x.dim() == 0 else (size, *x.shape[1:])
-        return torch.empty(shape, dtype=x.dtype, device=device or x.device)
-
-    return {name: tree_map(lambda x: resize(x, name), value) for name, value in inputs.items()}  # noqa: B023
+Run = tuple[nn.Module, Sequence[Mapping[str, Any]]]
+"""A copy of a module, and what it takes at each of BATCH_SIZES."""
 
 
 @contextlib.contextmanager
-def _on_meta(root: nn.Module) -> Iterator[tuple[nn.Module, torch.device | None]]:
-    yield meta_copy(root), torch.device("meta")
+def _on_meta(root: nn.Module, example: Example) -> Iterator[Run]:
+    yield meta_copy(root), example.without_data("meta")
 
 
 @contextlib.contextmanager
-def _on_fake(root: nn.Module) -> Iterator[tuple[nn.Module, torch.device | None]]:
+def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield _copy_with(root, mode.from_tensor), None
+        yield copy_with(root, mode.from_tensor), example.without_data()
 
 
 def meta_copy(root: nn.Module) -> nn.Module:
     """A copy on the meta device, without hooks: shapes and no values."""
-    return _copy_with(root, lambda x: torch.empty_like(x, device="meta"))
+    return copy_with(root, lambda x: torch.empty_like(x, device="meta"))
 
 
-def _copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+def copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy without hooks, all tensors in it converted."""
     memo: dict[int, Any] = {}
     for module in root.modules():
         for x in tree_leaves((module._parameters, module._buffers, list(module.__dict__.values()))):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.layout import Example
 from masksurgery.model import ConvertedModel
 from masksurgery.tracing import bind, placeholder_values, trace
 from masksurgery.types import Site
@@ -33,7 +34,9 @@ class Oracle:
         for site in surgery.sites:
             factor = site.channels / site.ones if model.config.rescale else 1.0
             self.masks[site.mask] = weights[site.mask].to(like.device, like.dtype) * factor
-        self.traces = trace(copy.deepcopy(base), bind(base, *example), model.config.after or ())
+        bound = bind(base, *example)
+        inputs = Example.of(placeholder_values(bound), model.config.unbatched)
+        self.traces = trace(copy.deepcopy(base), bound, inputs, model.config.after or ())
         self.nodes = {node.name: node for node in self.traces.eval.nodes}
         self.hooks: list[tuple[nn.Module, int, Site, bool]] = []
         self.by_interpreter: dict[str, list[tuple[Site, tuple[str, ...]]]] = {}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from masksurgery.branches import Evaluator, Value, common, reads_sizes, same_branch
+from masksurgery.layout import Example
 from masksurgery.types import TraceError
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd,)
@@ -131,7 +133,9 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
 
-    def __init__(self, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self, root: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...] = ()
+    ) -> None:
         modules, functions = _timm_leaves()
         super().__init__(autowrap_functions=(*functions, *FACTORIES))
         self._autowrap_search.append(torch)
@@ -139,6 +143,9 @@ class Tracer(fx.Tracer):
         self.leaf_types = leaf_types
         self.untraceable = modules
         self.failed: type | None = None
+        self._make_evaluator = lambda: Evaluator(root, example)
+        self._evaluator: Evaluator | None = None
+        self._asked: list[fx.Node] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self.leaf_types) or is_layer(m) or super().is_leaf_module(m, module_qualified_name):
@@ -150,6 +157,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self._computes():
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -157,7 +166,66 @@ class Tracer(fx.Tracer):
                 self.failed = type(m)
             raise
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Value(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decide(obj.node, bool))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        values = self._compute(obj.node)
+        if all(isinstance(value, Mapping) for value in values):
+            return iter(list(values[0]))
+        return iter([cast(Any, obj)[i] for i in range(self.length(obj))])
+
+    def length(self, obj: fx.Proxy) -> int:
+        values = self._compute(obj.node)
+        if isinstance(values[0], Tensor):
+            return int(self.decide(cast(Any, obj).shape[0].node, int))
+        return common((len(values[0]), len(values[1])), obj.node)
+
+    def decide(self, node: fx.Node, kind: type) -> Any:
+        """The number that a node computes, for Python's control flow; a node that checks it stays in the graph.
+
+        Raises:
+            TraceError: It depends on the values of tensors or on the batch size.
+        """
+        values = self._compute(node)
+        if not any(isinstance(value, Tensor) for value in values):
+            values = kind(values[0]), kind(values[1])
+        value = common(values, node)
+        if reads_sizes(node):
+            checked = (
+                node if type(self._compute(node)[0]) is kind else self.create_node("call_function", kind, (node,), {})
+            )
+            where = f"'{self.scope.module_path}'" if self.scope.module_path else type(self.root).__name__
+            self.create_node("call_function", same_branch, (checked, value, where), {})
+        else:
+            self._asked.append(node)
+        return value
+
+    def _compute(self, node: fx.Node) -> tuple[Any, Any]:
+        if self._evaluator is None:
+            self._evaluator = self._make_evaluator()
+        try:
+            return self._evaluator.compute(node)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise TraceError(f"control flow depends on '{node.name}', which cannot be computed: {error}") from error
+
+    def _computes(self) -> bool:
+        return self._evaluator is not None and self._evaluator.active
+
+    def erase_asked(self) -> None:
+        """Erase what was computed for a decision alone that needs no check."""
+        while self._asked:
+            node = self._asked.pop()
+            if not node.users and node.op in ("call_function", "call_method") and node in self.graph.nodes:
+                self._asked.extend(node.all_input_nodes)
+                self.graph.erase_node(node)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._computes():
+            return attr_val
         # Shapes of parameters are constants, so that a forward may branch on them; torch.fx allows it for no buffer.
         self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -207,13 +275,16 @@ def reads_training(module: nn.Module) -> bool:
     return code is not None and "training" in names(code)
 
 
-def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> Traces:
+def trace(
+    model: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...] = ()
+) -> Traces:
     """Trace a model in eval and in training mode.
 
     Args:
         model: Its training flags are switched and put back; constants of the trace become its non-persistent buffers.
             Pass a copy.
         bound: The inputs of one forward.
+        example: The same at two batch sizes.
         leaf_types: Modules of these types are not entered.
     Raises:
         TraceError: torch.fx cannot follow the model.
@@ -223,7 +294,7 @@ def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[typ
         graphs = {}
         for mode in (False, True):
             model.train(mode)
-            graphs[mode] = _trace(model, bound, leaf_types)
+            graphs[mode] = _trace(model, bound, example, leaf_types)
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[False])]
     if same_graph(graphs[False], graphs[True], model):
         graphs[True] = graphs[False]
@@ -235,19 +306,20 @@ def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[typ
     return Traces(model, graphs[False], graphs[True], tuple(notes))
 
 
-def _trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[type, ...]) -> fx.Graph:
-    tracer = Tracer(bound, leaf_types)  # outside of the try: it imports timm
+def _trace(model: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...]) -> fx.Graph:
+    tracer = Tracer(model, bound, example, leaf_types)  # outside of the try: it imports timm
     try:
         graph = tracer.trace(model)
     except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
         if tracer.failed is not None:
-            return _trace(model, bound, (*leaf_types, tracer.failed))
+            return _trace(model, bound, example, (*leaf_types, tracer.failed))
         mode = "training" if model.training else "eval"
         cause = str(error).strip().partition("\n")[0].rstrip(".")
         raise TraceError(
             f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {cause}. "
             f"Control flow on the values of tensors cannot be followed: convert the part without it, or rewrite it."
         ) from error
+    tracer.erase_asked()
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # else the generated code wraps the function for every later trace as well
     graph.lint()

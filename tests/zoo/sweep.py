@@ -30,7 +30,7 @@ import torch
 import torchvision
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 import masksurgery
 from masksurgery.prediction import Prediction, RegressionPrediction
@@ -114,7 +114,11 @@ def create(library: str, name: str, **kwargs: Any) -> nn.Module:
     with torch.device("meta"):
         if library == "timm":
             return timm.create_model(name, **kwargs)
-        kwargs = {"weights": None, **({"weights_backbone": None} if family_of(library, name) == "segmentation" else {}), **kwargs}
+        kwargs = {
+            "weights": None,
+            **({"weights_backbone": None} if family_of(library, name) == "segmentation" else {}),
+            **kwargs,
+        }
         model: nn.Module = torchvision.models.get_model(name, **kwargs)
         return model
 
@@ -187,7 +191,7 @@ def read_results(path: Path = RESULTS) -> list[Row]:
 def sweep(todo: Sequence[tuple[str, str]], jobs: int) -> Iterator[Row]:
     """The rows of these architectures, in the order in which they are done."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_one_thread, max_tasks_per_child=100) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_one_thread) as pool:
         futures = [pool.submit(check, *which) for which in todo]
         try:
             for future in as_completed(futures):
