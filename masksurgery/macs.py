@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from masksurgery.inputs import bind, make_inputs, placeholder_values
 from masksurgery.layout import meta_copy
 from masksurgery.model import ConvertedModel
-from masksurgery.tracing import bind, make_inputs, placeholder_values
 from masksurgery.types import TraceError
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from masksurgery.inputs import bind
 from masksurgery.model import ConvertedModel
 from masksurgery.oracle import Oracle
 from masksurgery.prediction import Prediction, RegressionPrediction
-from masksurgery.tracing import bind
 from masksurgery.types import ConfigError, VerificationError
 
 

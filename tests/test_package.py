@@ -16,9 +16,9 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("layers", "tracing", "branches", "axes", "rules", "layout", "prediction"),
-    ("flow", "candidates", "sites", "rewrite"),
-    ("model", "macs", "convert"),
+    ("inputs", "kinds", "axes", "rules", "example", "layers", "opaque", "layout", "branches", "tracing", "prediction"),
+    ("regions", "flow", "candidates", "sites", "rewrite"),
+    ("graphs", "part", "model", "macs", "convert"),
     ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
     ("hub", "data", "images", "pack", "finetune", "evaluate", "report", "export", "keras"),
     ("__init__",),
