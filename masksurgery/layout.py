@@ -8,7 +8,6 @@ from `k*b` rows.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.axes import Axis, Call, Dims, get_dims, set_dims
+from masksurgery.copying import copy_with, meta_copy
 from masksurgery.rules import find_rule
 from masksurgery.types import Layout, LayoutError
 
@@ -301,23 +301,4 @@ def _on_meta(root: nn.Module) -> Iterator[tuple[nn.Module, torch.device | None]]
 @contextlib.contextmanager
 def _on_fake(root: nn.Module) -> Iterator[tuple[nn.Module, torch.device | None]]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield _copy_with(root, mode.from_tensor), None
-
-
-def meta_copy(root: nn.Module) -> nn.Module:
-    """A copy on the meta device, without hooks: shapes and no values."""
-    return _copy_with(root, lambda x: torch.empty_like(x, device="meta"))
-
-
-def _copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for module in root.modules():
-        for x in tree_leaves((module._parameters, module._buffers, list(module.__dict__.values()))):
-            if isinstance(x, Tensor) and id(x) not in memo:
-                y = convert(x.detach())
-                memo[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-    duplicate = copy.deepcopy(root, memo)
-    for module in duplicate.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
-    return duplicate
+        yield copy_with(root, mode.from_tensor), None

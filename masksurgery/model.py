@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from masksurgery.copying import copy_computed
 from masksurgery.layers import Members
 from masksurgery.prediction import Head, Prediction
 from masksurgery.tracing import Traces
@@ -128,6 +129,7 @@ class ConvertedModel(fx.GraphModule):
         }
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        memo.update(copy_computed(self))
         return _restore(copy.deepcopy(self._state(), memo), type(self).__name__)
 
     def __copy__(self: Self) -> Self:

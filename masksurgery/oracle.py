@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.copying import copy_module
 from masksurgery.model import ConvertedModel
 from masksurgery.tracing import bind, placeholder_values, trace
 from masksurgery.types import Site
@@ -33,7 +33,7 @@ class Oracle:
         for site in surgery.sites:
             factor = site.channels / site.ones if model.config.rescale else 1.0
             self.masks[site.mask] = weights[site.mask].to(like.device, like.dtype) * factor
-        self.traces = trace(copy.deepcopy(base), bind(base, *example), model.config.after or ())
+        self.traces = trace(copy_module(base), bind(base, *example), model.config.after or ())
         self.nodes = {node.name: node for node in self.traces.eval.nodes}
         self.hooks: list[tuple[nn.Module, int, Site, bool]] = []
         self.by_interpreter: dict[str, list[tuple[Site, tuple[str, ...]]]] = {}

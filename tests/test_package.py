@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("layers", "tracing", "axes", "rules", "layout", "prediction"),
+    ("layers", "tracing", "axes", "copying", "rules", "layout", "prediction"),
     ("flow", "candidates", "sites", "rewrite"),
     ("model", "macs", "convert"),
     ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
