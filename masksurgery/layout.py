@@ -111,6 +111,7 @@ def analyse(
     inputs: Mapping[str, Any],
     channel_dim: Callable[[fx.Node], int | None],
     unbatched: tuple[str, ...] = (),
+    training: bool = False,
 ) -> dict[fx.Node, Facts]:
     """Run the graph at two batch sizes and collect the facts of every node.
 
@@ -120,6 +121,7 @@ def analyse(
         inputs: Example values by the name of the placeholder; dimension 0 of every tensor is the batch.
         channel_dim: Where a layer's output has its channels (counted from the end), None for other nodes.
         unbatched: Names of placeholders without a batch dimension.
+        training: The mode that the graph was traced in, whatever the mode of `root` is now.
     Raises:
         LayoutError: The graph cannot be run without data.
     """
@@ -127,7 +129,7 @@ def analyse(
     for make in (_on_meta, _on_fake):
         try:
             with torch.no_grad(), make(root) as (module, device):
-                return _analyse(graph, module, device, inputs, channel_dim, unbatched)
+                return _analyse(graph, module.train(training), device, inputs, channel_dim, unbatched)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             failure = error
     raise LayoutError(f"The model cannot be run without data, on its example inputs: {failure}") from failure
@@ -259,10 +261,13 @@ class _Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         kind, rule = find_rule(func)
         before = [get_dims(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # What a layer makes of its parameters alone (a normalised weight) tells nothing of its input.
+        reads_input = [dims for dims in before if any(axis.sources for dim in dims for axis in dim)]
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if rule is None:
-            self.unknown.append(str(func))
+            if reads_input:
+                self.unknown.append(str(func))
             for x in outputs:
                 set_dims(x, tuple((Axis(size),) if size != 1 else () for size in x.shape))
             return out
@@ -270,7 +275,10 @@ class _Tracker(TorchDispatchMode):
         dims = rule(call) if outputs and before else []
         for x, found in zip(outputs, dims, strict=True):
             set_dims(x, found)
-        self.kinds.append(kind)
+        if reads_input:
+            self.kinds.append(kind)
+        if kind == "pointwise" and len(reads_input) > 1 and {"mix", "product"} & set(self.kinds):
+            self.kinds.append("sum")
         self.split |= call.split
         return out
 
