@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from masksurgery.candidates import channel_dim_of, resolve_types
+from masksurgery.copying import copy_module
 from masksurgery.flow import Flow
 from masksurgery.layers import Members, _Masksembles, mask_type
 from masksurgery.layout import Facts, analyse
@@ -21,7 +22,7 @@ from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Head, check_outputs, leaf_tasks
 from masksurgery.rewrite import Mask, Plan, output_shapes, plan, rewrite
 from masksurgery.sites import find_sites, match_sites, unused_name
-from masksurgery.tracing import Traces, bind_inputs, describe_inputs, placeholder_values, trace
+from masksurgery.tracing import Traces, bind_inputs, compiled_module, describe_inputs, placeholder_values, trace
 from masksurgery.types import (
     ConfigError,
     ConvertConfig,
@@ -129,7 +130,7 @@ class Draft:
         """Trace a copy of the model.
 
         Raises:
-            ConfigError: It is converted already, or `unbatched` names no input.
+            ConfigError: It is converted already, compiled or has lazy layers, or `unbatched` names no input.
             TraceError: It cannot be traced, or its inputs are not known.
         """
         if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
@@ -137,20 +138,35 @@ class Draft:
                 f"{type(model).__name__} holds Masksembles layers already: it is converted. "
                 f"Convert its base model instead."
             )
+        _check_ready(model)
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
         inputs = placeholder_values(bound)
         unknown = set(config.unbatched) - set(inputs)
         if unknown:
             raise ConfigError(f"unbatched={config.unbatched!r} names {sorted(unknown)}; the inputs are {list(inputs)}.")
-        traces = trace(copy.deepcopy(model), bound, config.after or ())
+        traces = trace(copy_module(model), bound, config.after or ())
 
-        def facts(graph: fx.Graph) -> dict[fx.Node, Facts]:
+        def facts(graph: fx.Graph, training: bool) -> dict[fx.Node, Facts]:
             root = traces.module
-            return analyse(graph, root, inputs, lambda node: channel_dim_of(root, node), config.unbatched)
+            return analyse(graph, root, inputs, lambda node: channel_dim_of(root, node), config.unbatched, training)
 
-        eval_facts = facts(traces.eval)
-        train_facts = eval_facts if traces.train is traces.eval else facts(traces.train)
+        eval_facts = facts(traces.eval, False)
+        train_facts = eval_facts if traces.train is traces.eval else facts(traces.train, True)
         return cls(model, config, describe_inputs(bound), traces, eval_facts, train_facts)
+
+
+def _check_ready(model: nn.Module) -> None:
+    if compiled_module(model) is not None:
+        raise ConfigError(
+            "The model is compiled. Convert what torch.compile was given (model._orig_mod), and compile the result."
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name.rpartition(".")[0] for name, x in tensors if is_lazy(x)]
+    if lazy:
+        raise ConfigError(
+            f"'{lazy[0]}' is a {type(model.get_submodule(lazy[0])).__name__} without a shape: it has not run yet. Run "
+            f"the model once, model(*example_inputs), before you convert it."
+        )
 
 
 def default_inputs(model: nn.Module) -> tuple[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -36,6 +37,8 @@ FACTORIES = (
     torch.randn,
     torch.zeros,
 )
+
+EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
 
 
 @dataclass(frozen=True)
@@ -125,19 +128,20 @@ class Tracer(fx.Tracer):
     """Traces a module whose inputs are exactly `bound`: a placeholder for each tensor, everything else a constant.
 
     Leaves are, in this order, instances of `leaf_types` and of LAYERS, torch.nn's own modules, and, if they hold no
-    layer: what timm says cannot be traced, norms, and modules that read `self.training`. What timm says cannot be
-    traced is entered if it holds a layer; where that fails, `failed` is its type.
+    layer: what timm says cannot be traced, layers of einops, norms, and modules that read `self.training`. What timm
+    says cannot be traced is entered if it holds a layer; where that fails, `failed` is its type.
     """
 
     proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
 
     def __init__(self, bound: inspect.BoundArguments, leaf_types: tuple[type, ...] = ()) -> None:
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_functions=(*functions, *FACTORIES))
-        self._autowrap_search.append(torch)
+        layers, operations = _einops_leaves()
+        super().__init__(autowrap_functions=(*functions, *operations, *FACTORIES))
+        self._autowrap_search += [torch, *_loaded("einops")]
         self.bound = bound
         self.leaf_types = leaf_types
-        self.untraceable = modules
+        self.untraceable = (*modules, *layers)
         self.failed: type | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -150,6 +154,9 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        original = compiled_module(m)
+        if original is not None:
+            return original(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -191,6 +198,22 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
+def _einops_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    """The layers and functions of einops, which look at the type and the shape of what they get."""
+    modules = tuple(kind for layers in _loaded("einops.layers.torch") for kind in (layers.Rearrange, layers.Reduce))
+    return modules, tuple(f for einops in _loaded("einops") for name, f in vars(einops).items() if name in EINOPS)
+
+
+def _loaded(name: str) -> list[Any]:
+    """A package, if it has been imported: what has not is in no model."""
+    return [sys.modules[name]] if name in sys.modules else []
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """What torch.compile was given, if the module is what it returned."""
+    return module._modules.get("_orig_mod")
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: torch.nn's, a subclass, or a module that is called one (RMSNorm, EvoNorm2dB0 ...)."""
     return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
@@ -225,6 +248,8 @@ def trace(model: nn.Module, bound: inspect.BoundArguments, leaf_types: tuple[typ
             model.train(mode)
             graphs[mode] = _trace(model, bound, leaf_types)
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[False])]
+    compiled = [name for name, module in model.named_modules() if compiled_module(module) is not None]
+    notes += [f"'{name}' is not compiled any more: compile the converted model" for name in compiled]
     if same_graph(graphs[False], graphs[True], model):
         graphs[True] = graphs[False]
     used = {node.target for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
