@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.convert import Draft, build
+from masksurgery.copying import copy_module
 from masksurgery.factory import Recipe, from_recipe
 from masksurgery.inputs import make_inputs
 from masksurgery.layout import layout_of
@@ -85,7 +85,7 @@ def load(
     record = read_record(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, record)
     masks = _masks(record.sites, record.n, tensors, folder / WEIGHTS)
-    own = copy.deepcopy(base) if base is not None else _make_base(record, folder / CONFIG, trust)
+    own = copy_module(base) if base is not None else _make_base(record, folder / CONFIG, trust)
     of_masks = {f"{name}.masks" for name in masks}
     _fill(own, record, {name: x for name, x in tensors.items() if name not in of_masks}, folder)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from masksurgery.candidates import resolve_types
+from masksurgery.copying import copy_module
 from masksurgery.example import Example
 from masksurgery.inputs import bind_inputs, describe_inputs, placeholder_values
+from masksurgery.kinds import compiled_module
 from masksurgery.layers import Members, _Masksembles, mask_type
 from masksurgery.layout import Facts
 from masksurgery.masks import generate_masks, site_seed
@@ -138,7 +140,7 @@ class Draft:
         Args:
             parts: Where a conversion recorded them, the modules with a graph of their own and what they take.
         Raises:
-            ConfigError: It is converted already, or `unbatched` names no input.
+            ConfigError: It is converted already, compiled or has lazy layers, or `unbatched` names no input.
             TraceError, LayoutError: It can be neither traced nor run, or its inputs are not known.
         """
         if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
@@ -146,14 +148,29 @@ class Draft:
                 f"{type(model).__name__} holds Masksembles layers already: it is converted. "
                 f"Convert its base model instead."
             )
+        _check_ready(model)
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
         inputs = placeholder_values(bound)
         unknown = set(config.unbatched) - set(inputs)
         if unknown:
             raise ConfigError(f"unbatched={config.unbatched!r} names {sorted(unknown)}; the inputs are {list(inputs)}.")
         example = Example.of(bound, config.unbatched)
-        region = explore(copy.deepcopy(model), example, config.after or (), parts)
+        region = explore(copy_module(model), example, config.after or (), parts)
         return cls(model, config, describe_inputs(bound), region)
+
+
+def _check_ready(model: nn.Module) -> None:
+    if compiled_module(model) is not None:
+        raise ConfigError(
+            "The model is compiled. Convert what torch.compile was given (model._orig_mod), and compile the result."
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name.rpartition(".")[0] for name, x in tensors if is_lazy(x)]
+    if lazy:
+        raise ConfigError(
+            f"'{lazy[0]}' is a {type(model.get_submodule(lazy[0])).__name__} without a shape: it has not run yet. Run "
+            f"the model once, model(*example_inputs), before you convert it."
+        )
 
 
 def default_inputs(model: nn.Module) -> tuple[Tensor]:

@@ -189,7 +189,7 @@ class Flow:
 
     def _adds_branch(self, node: fx.Node) -> bool:
         kinds = set(self.facts[node].kinds)
-        return "pointwise" in kinds and "mul" not in kinds and len(self.data_inputs(node)) > 1
+        return "sum" in kinds or ("pointwise" in kinds and "mul" not in kinds and len(self.data_inputs(node)) > 1)
 
     # --- gates and attention weights ---------------------------------------------------------------------------------
 

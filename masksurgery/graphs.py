@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from masksurgery.copying import copy_computed
+
 MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OF_THE_GRAPH = ("_graph", "_code", "_lineno_map", "_prologue_start", "_graphs")
 
@@ -51,6 +53,7 @@ class TwoGraphs(fx.GraphModule):
         }
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        memo.update(copy_computed(self))
         return cast(Self, _restore(copy.deepcopy(self._state(), memo), self._bases(), type(self).__name__))
 
     def __copy__(self: Self) -> Self:

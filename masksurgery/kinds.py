@@ -40,6 +40,11 @@ def channel_dim_of(root: nn.Module, node: fx.Node) -> int | None:
     return None if module is None or not is_layer(module) else -rank_of(module)
 
 
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """What torch.compile was given, if the module is what it returned."""
+    return module._modules.get("_orig_mod")
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: torch.nn's, a subclass, or a module that is called one (RMSNorm, EvoNorm2dB0 ...)."""
     return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()

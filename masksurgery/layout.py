@@ -8,7 +8,6 @@ from `k*b` rows.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.axes import Axis, Call, Dims, get_dims, set_dims
+from masksurgery.copying import copy_with, meta_copy
 from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.rules import find_rule
 from masksurgery.types import Layout, LayoutError
@@ -129,6 +129,7 @@ def analyse(
     example: Example,
     channel_dim: Callable[[fx.Node], int | None],
     watch: Collection[str] = (),
+    training: bool = False,
 ) -> dict[fx.Node, Facts]:
     """Run the graph at two batch sizes and collect the facts of every node.
 
@@ -139,6 +140,7 @@ def analyse(
         channel_dim: Where a layer's output has its channels (counted from the end), None for other nodes.
         watch: Names of modules whose calls are to be noted, unless one stands inside another. With these the values of
             the example inputs and of the parameters are used if it cannot be helped.
+        training: The mode that the graph was traced in, whatever the mode of `root` is now.
     Raises:
         LayoutError: The graph cannot be run.
     """
@@ -146,7 +148,7 @@ def analyse(
     for make in (_on_meta, _on_fake, _on_values) if watch else (_on_meta, _on_fake):
         try:
             with torch.no_grad(), make(root, example) as (module, given):
-                return _analyse(graph, module, given, example.dims, channel_dim, watch)
+                return _analyse(graph, module.train(training), given, example.dims, channel_dim, watch)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             failure = error
     data = "" if watch else " without data"
@@ -344,10 +346,13 @@ class _Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         kind, rule = find_rule(func)
         before = [get_dims(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # What a layer makes of its parameters alone (a normalised weight) tells nothing of its input.
+        reads_input = [dims for dims in before if any(axis.sources for dim in dims for axis in dim)]
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if rule is None:
-            self.unknown.append(str(func))
+            if reads_input:
+                self.unknown.append(str(func))
             for x in outputs:
                 set_dims(x, tuple((Axis(size),) if size != 1 else () for size in x.shape))
             return out
@@ -355,7 +360,10 @@ class _Tracker(TorchDispatchMode):
         dims = rule(call) if outputs and before else []
         for x, found in zip(outputs, dims, strict=True):
             set_dims(x, found)
-        self.kinds.append(kind)
+        if reads_input:
+            self.kinds.append(kind)
+        if kind == "pointwise" and len(reads_input) > 1 and {"mix", "product"} & set(self.kinds):
+            self.kinds.append("sum")
         self.split |= call.split
         return out
 
@@ -385,23 +393,3 @@ def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
 def _on_values(root: nn.Module, example: Example) -> Iterator[Run]:
     with torch.random.fork_rng(devices=[]):
         yield copy_with(root, torch.clone), example.values
-
-
-def meta_copy(root: nn.Module) -> nn.Module:
-    """A copy on the meta device, without hooks: shapes and no values."""
-    return copy_with(root, lambda x: torch.empty_like(x, device="meta"))
-
-
-def copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy without hooks, all tensors in it converted."""
-    memo: dict[int, Any] = {}
-    for module in root.modules():
-        for x in tree_leaves((module._parameters, module._buffers, list(module.__dict__.values()))):
-            if isinstance(x, Tensor) and id(x) not in memo:
-                y = convert(x.detach())
-                memo[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-    duplicate = copy.deepcopy(root, memo)
-    for module in duplicate.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
-    return duplicate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.copying import copy_module
 from masksurgery.example import Example
 from masksurgery.inputs import bind, placeholder_values
 from masksurgery.model import ConvertedModel
@@ -47,7 +47,7 @@ class Oracle:
 
     def _trace(self, example: Any) -> dict[str, Traces]:
         """Fresh traces of the base model, and of the modules in it that have a graph of their own, by name."""
-        config, copied = self.model.config, copy.deepcopy(self.base)
+        config, copied = self.model.config, copy_module(self.base)
         traces = {
             name: trace(copied.get_submodule(name), part, config.after or ())
             for name, part in self.model.parts.items()

@@ -105,16 +105,16 @@ def explore(
     inside = {target: modules_inside(root, target) for target in traces.opaque}
     watch = {inner for names in inside.values() for inner in names}
 
-    def facts(graph: fx.Graph) -> dict[fx.Node, Facts]:
-        return analyse(graph, root, example, channel_dim, watch)
+    def facts(graph: fx.Graph, training: bool) -> dict[fx.Node, Facts]:
+        return analyse(graph, root, example, channel_dim, watch, training)
 
     def channel_dim(node: fx.Node) -> int | None:
         if is_layer(root) and node is _result(node.graph):
             return -rank_of(root)
         return channel_dim_of(root, node)
 
-    eval_facts = facts(traces.eval)
-    train_facts = eval_facts if traces.train is traces.eval else facts(traces.train)
+    eval_facts = facts(traces.eval, False)
+    train_facts = eval_facts if traces.train is traces.eval else facts(traces.train, True)
     region = Region(name, example, traces, eval_facts, train_facts)
     for node, fact in eval_facts.items():
         for inner, calls in _by_name(fact.calls).items():

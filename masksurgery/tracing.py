@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from masksurgery.branches import Evaluator, Value, common, reads_sizes, same_branch
 from masksurgery.example import Example
 from masksurgery.inputs import replace_inputs
-from masksurgery.kinds import holds_layer, is_layer, is_norm, reads_training
+from masksurgery.kinds import compiled_module, holds_layer, is_layer, is_norm, reads_training
 from masksurgery.opaque import Opaque
 from masksurgery.types import TraceError
 
@@ -29,6 +30,11 @@ FACTORIES = (
     torch.randn,
     torch.zeros,
 )
+
+EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
+
+
+EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,9 @@ class Tracer(fx.Tracer):
     """Traces a module whose inputs are exactly those of `example`: everything else is a constant.
 
     Leaves are, in this order, the modules in `opaque`, instances of `leaf_types` and of LAYERS, torch.nn's own modules,
-    and, if they hold no layer: what timm says cannot be traced, norms, and modules that read `self.training`. Where a
-    trace fails, `failed` is the innermost module that it was in, or None in the root's own forward.
+    and, if they hold no layer: what timm says cannot be traced, layers of einops, norms, and modules that read
+    `self.training`. Where a trace fails, `failed` is the innermost module that it was in, or None in the root's own
+    forward.
     """
 
     proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
@@ -60,12 +67,13 @@ class Tracer(fx.Tracer):
         self, root: nn.Module, example: Example, leaf_types: tuple[type, ...] = (), opaque: Collection[nn.Module] = ()
     ) -> None:
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_functions=(*functions, *FACTORIES))
-        self._autowrap_search.append(torch)
+        layers, operations = _einops_leaves()
+        super().__init__(autowrap_functions=(*functions, *operations, *FACTORIES))
+        self._autowrap_search += [torch, *_loaded("einops")]
         self.example = example
         self.leaf_types = leaf_types
         self.opaque = opaque
-        self.untraceable = modules
+        self.untraceable = (*modules, *layers)
         self.failed: nn.Module | None = None
         self._make_evaluator = lambda: Evaluator(root, example)
         self._evaluator: Evaluator | None = None
@@ -88,6 +96,9 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if self._computes():
             return forward(*args, **kwargs)
+        original = compiled_module(m)
+        if original is not None:
+            return original(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -178,6 +189,17 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
+def _einops_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    """The layers and functions of einops, which look at the type and the shape of what they get."""
+    modules = tuple(kind for layers in _loaded("einops.layers.torch") for kind in (layers.Rearrange, layers.Reduce))
+    return modules, tuple(f for einops in _loaded("einops") for name, f in vars(einops).items() if name in EINOPS)
+
+
+def _loaded(name: str) -> list[Any]:
+    """A package, if it has been imported: what has not is in no model."""
+    return [sys.modules[name]] if name in sys.modules else []
+
+
 def trace(model: nn.Module, example: Example, leaf_types: tuple[type, ...] = ()) -> Traces:
     """Trace a model in eval and in training mode.
 
@@ -201,6 +223,8 @@ def trace(model: nn.Module, example: Example, leaf_types: tuple[type, ...] = ())
     if not graphs:
         return _opaque_traces(model, example, causes[model])
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[0])]
+    compiled = [name for name, module in model.named_modules() if compiled_module(module) is not None]
+    notes += [f"'{name}' is not compiled any more: compile the converted model" for name in compiled]
     if same_graph(graphs[0], graphs[1], model):
         graphs[1] = graphs[0]
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
