@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from masksurgery.axes import Axis, Call, Dims, anonymous, broadcast, derived, get_dims, merge, reshape
+from masksurgery.axes import Axis, Call, Dim, Dims, anonymous, broadcast, derived, get_dims, merge, reshape
 
 Kind = str
 """pointwise, mul, gate, softmax, norm, move, pool, mix, product, make, unknown; and sum, noted beside pointwise where a
@@ -73,15 +73,26 @@ def take(call: Call) -> Sequence[Dims]:
     x = call.first()
     dims = list(get_dims(x))
     d = call.arguments.get("dim", 0) % max(x.dim(), 1)
-    results = []
+    results, start = [], call.arguments.get("start") or 0
     for out in call.outputs:
         if out.shape == x.shape and call.name == "slice":
             results.append(tuple(dims))
             continue
-        call.mark_split(dims[d])
         gone = out.dim() < x.dim()
-        results.append(tuple(dims[:d] + ([] if gone else [anonymous(out.shape[d])]) + dims[d + 1 :]))
+        rows = () if gone else _rows(call, dims[d], start % max(x.shape[d], 1), out.shape[d])
+        call.mark_split(dims[d] if gone else [axis for axis in dims[d] if axis not in rows])
+        results.append(tuple(dims[:d] + ([] if gone else [rows]) + dims[d + 1 :]))
+        start += 0 if gone else out.shape[d]
     return results
+
+
+def _rows(call: Call, dim: Dim, start: int, size: int) -> Dim:
+    """Some of the outermost axis of a dimension keep the axes inside of it: one of two batches."""
+    inner = math.prod(axis.size for axis in dim[1:])
+    whole = call.name in ("slice", "split", "split_with_sizes", "chunk", "narrow", "unsafe_split")
+    if whole and len(dim) > 1 and call.arguments.get("step", 1) == 1 and start % inner == size % inner == 0:
+        return anonymous(size // inner) + dim[1:]
+    return anonymous(size)
 
 
 def window(call: Call) -> Sequence[Dims]:
@@ -223,6 +234,12 @@ def unshuffle(call: Call) -> Sequence[Dims]:
     return [(*dims[:-3], channels, anonymous(out.shape[-2]), anonymous(out.shape[-1]))]
 
 
+def grid_sample(call: Call) -> Sequence[Dims]:
+    """The values of an image, at places of one's own for each sample."""
+    image, grid = get_dims(call.tensor("input")), get_dims(call.tensor("grid"))
+    return [(merge([image[0], grid[0]]), image[1], *grid[1:-1])]
+
+
 def make(call: Call) -> Sequence[Dims]:
     return [tuple(map(anonymous, out.shape)) for out in call.outputs]
 
@@ -286,6 +303,7 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("move", index, "index _unsafe_index"),
         ("move", embedding, "embedding"),
         ("move", im2col, "im2col"),
+        ("move", grid_sample, "grid_sampler_2d grid_sampler_3d"),
         ("move", col2im, "col2im"),
         ("move", restride, "as_strided"),
         ("move", unshuffle, "pixel_unshuffle"),
