@@ -82,7 +82,7 @@ def share(rows: Iterable[Row], count: Callable[[Row], int] = lambda row: row.sit
     """Of all calls of layers in per cent."""
     rows = list(rows)
     layers = sum(row.layers for row in rows)
-    return f"{100 * sum(map(count, rows)) / layers:.1f}%" if layers else ""
+    return f"{100 * sum(map(count, rows)) / max(layers, 1):.1f}%"
 
 
 def skipped(rows: Iterable[Row]) -> Counter[str]:
@@ -132,11 +132,11 @@ def write(rows: Sequence[Row]) -> str:
     """The text of coverage.md."""
     rows = sorted(rows, key=lambda row: (row.library, row.name))
     versions = f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
-    versions = versions.replace("+cpu", "")
+    versions = re.sub(r"\+\w+", "", versions)
     return f"""# Coverage
 
-Written by `tests/zoo/sweep.py` and `tests/zoo/coverage_report.py`: {versions}. Every architecture is made
-without weights and converted with the defaults. Every call of a convolution or Linear is a *site* (it has a mask), in
+Written by `tests/zoo/sweep.py` and `tests/zoo/coverage_report.py`: {versions}.
+Every architecture is made without weights and converted with the defaults. Every call of a convolution or Linear is a *site* (it has a mask), in
 the *chain* of a site (it is served by that mask), or skipped with a reason; `s` is the CPU seconds of the conversion
 (of a family the median).
 

@@ -12,7 +12,8 @@ from sweep import architectures, check, run_quietly
 
 ROWS = {(row.library, row.name): row for row in coverage.parse(coverage.COVERAGE.read_text(encoding="utf-8"))}
 TEXT = coverage.COVERAGE.read_text(encoding="utf-8")
-CURRENT = f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}," in TEXT
+VERSIONS = [module.__version__.partition("+")[0] for module in (timm, torchvision)]
+CURRENT = f"timm {VERSIONS[0]}, torchvision {VERSIONS[1]}," in TEXT
 
 
 def test_the_readme_is_current() -> None:
