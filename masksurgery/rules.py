@@ -36,6 +36,14 @@ def shape_like(call: Call) -> Sequence[Dims]:
     return [tuple(tuple(Axis(axis.size, axis.batch) for axis in dim) for dim in dims)]
 
 
+def layer_norm(call: Call) -> Sequence[Dims]:
+    """A single element less its mean is zero: such a norm reads nothing."""
+    if math.prod(call.arguments["normalized_shape"]) != 1:
+        return like_first(call)
+    call.constant = True
+    return [*shape_like(call), *(tuple(map(anonymous, out.shape)) for out in call.outputs[1:])]
+
+
 def view(call: Call) -> Sequence[Dims]:
     return [reshape(call, get_dims(call.first()), out.shape) for out in call.outputs]
 
@@ -143,9 +151,14 @@ def convolution(call: Call) -> Sequence[Dims]:
     dims = get_dims(x)
     groups = call.arguments["groups"]
     channels = out.dim() - (weight.dim() - 1)  # 1, or 0 without a batch
-    kept = dims[:channels]
+    kept, axes = dims[:channels], dims[channels]
+    # Samples may stand before the channels, each with groups of its own (a convolution with weights for each sample).
+    samples = axes[:1] if axes and axes[0].batch and groups % axes[0].size == 0 else ()
+    size = out.shape[channels] // math.prod(axis.size for axis in samples)
     if groups == x.shape[channels] > 1:  # depthwise: every output channel is made of one input channel
-        kept = (*kept, derived(dims[channels], out.shape[channels]))
+        kept = (*kept, samples + derived(axes[len(samples) :], size))
+    elif samples:
+        kept = (*kept, samples + anonymous(size))
     return [kept + tuple(map(anonymous, out.shape[len(kept) :]))]
 
 
@@ -220,6 +233,14 @@ def embedding(call: Call) -> Sequence[Dims]:
     return [(*get_dims(call.tensor("indices")), anonymous(call.outputs[0].shape[-1]))]
 
 
+def unfold(call: Call) -> Sequence[Dims]:
+    """Windows along one dimension: it counts them, and a new last dimension counts what is in them."""
+    x, out = call.first(), call.outputs[0]
+    dims, d = get_dims(x), call.arguments["dimension"] % max(x.dim(), 1)
+    call.mark_split(dims[d])
+    return [(*dims[:d], anonymous(out.shape[d]), *dims[d + 1 :], anonymous(out.shape[-1]))]
+
+
 def im2col(call: Call) -> Sequence[Dims]:
     x, out = call.first(), call.outputs[0]
     batch, channels = get_dims(x)[:2] if x.dim() == 4 else ((), get_dims(x)[0])
@@ -271,8 +292,9 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("gate", pointwise, "sigmoid hardsigmoid"),
         ("softmax", like_first, "_softmax _safe_softmax"),
         ("norm", like_first, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-         "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm native_layer_norm "
-         "native_group_norm _fused_rms_norm"),
+         "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm native_group_norm "
+         "_fused_rms_norm"),
+        ("norm", layer_norm, "native_layer_norm"),
         ("pointwise", like_first, "_log_softmax cumsum cumprod tril triu"),
         ("move", like_first, "clone contiguous detach alias lift_fresh _to_copy to view_of"),
         ("make", shape_like, "zeros_like ones_like full_like empty_like rand_like randn_like fill zero uniform normal"),
@@ -302,6 +324,7 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("move", gather, "gather index_select"),
         ("move", index, "index _unsafe_index"),
         ("move", embedding, "embedding"),
+        ("move", unfold, "unfold"),
         ("move", im2col, "im2col"),
         ("move", grid_sample, "grid_sampler_2d grid_sampler_3d"),
         ("move", col2im, "col2im"),
