@@ -13,6 +13,7 @@ from masksurgery.layout import Facts, NodeFacts
 
 COMPUTING = frozenset({"pointwise", "mul", "norm", "softmax", "gate", "mix"})
 ATTENTION = "gate: it only makes attention weights (query or key of an attention product)"
+GRID = "gate: it only says where another branch is read"
 OUTPUT = "output layer: its channels reach the model's output with no convolution or Linear in between"
 
 
@@ -110,6 +111,8 @@ class Flow:
         reasons: list[str] = []
         region, stack = {axis}, [(node, axis)]
         products: list[Axis] = []
+        if self._only_reaches_output(node, axis):
+            reasons.append(OUTPUT)
         while stack:
             source, part = stack.pop()
             for reader in self.readers(source):
@@ -133,6 +136,19 @@ class Flow:
             layers = sorted(masked[other] for other in product.parents - region if other in masked)
             reasons.extend(f"masked: it is multiplied by the masked output of '{layer}'" for layer in layers)
         return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
+
+    def _only_reaches_output(self, node: fx.Node, axis: Axis) -> bool:
+        """All that becomes of the channels is output, by whatever sums: two heads whose logits are added."""
+        stack, seen = [(node, axis)], {axis}
+        while stack:
+            source, part = stack.pop()
+            for reader in self.readers(source):
+                children = set() if reader.op == "output" else self.facts[reader].children.get(part, set())
+                if reader.op != "output" and not children:
+                    return False
+                stack.extend((reader, child) for child in children - seen)
+                seen |= children
+        return True
 
     def _adds_branch(self, node: fx.Node) -> bool:
         kinds = set(self.facts[node].kinds)
@@ -162,6 +178,8 @@ class Flow:
             names = ("query", "key", "value")
             roles = {**dict(zip(names, reader.args, strict=False)), **reader.kwargs}
             return ATTENTION if roles.get("value") is not node else None
+        if reader.target is F.grid_sample:
+            return GRID if node in (*reader.args[1:2], reader.kwargs.get("grid")) else None
         kind = self._gate_kind(self.facts[reader], reader)
         if kind is None or not self._only_multiplies(reader, kind == "softmax"):
             return None

@@ -27,9 +27,8 @@ class Oracle:
         self.base, self.model = base, model
         surgery = model.surgery
         weights = {name: torch.from_numpy(masks) for name, masks in surgery.masks.items()}
-        like = next(
-            (x for x in tree_leaves(example) if isinstance(x, Tensor) and x.is_floating_point()), torch.zeros(())
-        )
+        known = (*tree_leaves(example), *model.parameters(), torch.zeros(()))  # a model of texts takes integers
+        like = next(x for x in known if isinstance(x, Tensor) and x.is_floating_point())
         self.masks = {}
         for site in surgery.sites:
             factor = site.channels / site.ones if model.config.rescale else 1.0

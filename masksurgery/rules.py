@@ -73,12 +73,18 @@ def take(call: Call) -> Sequence[Dims]:
     dims = list(get_dims(x))
     d = call.arguments.get("dim", 0) % max(x.dim(), 1)
     results = []
+    start, step = call.arguments.get("start") or 0, call.arguments.get("step", 1)
     for out in call.outputs:
         if out.shape == x.shape and call.name == "slice":
             results.append(tuple(dims))
             continue
-        call.mark_split(dims[d])
         gone = out.dim() < x.dim()
+        inner = () if gone or call.name not in ("slice", "split") or step != 1 else dims[d][1:]
+        if inner and math.prod(axis.size for axis in inner) == out.shape[d] and start % out.shape[d] == 0:
+            call.mark_split(dims[d][:1])  # one of several batches that stand one after another
+            results.append(tuple(dims[:d] + [inner] + dims[d + 1 :]))
+            continue
+        call.mark_split(dims[d])
         results.append(tuple(dims[:d] + ([] if gone else [anonymous(out.shape[d])]) + dims[d + 1 :]))
     return results
 
@@ -204,6 +210,11 @@ def index(call: Call) -> Sequence[Dims]:
     return [(*rest[:at], *middle, *rest[at:])]
 
 
+def grid_sample(call: Call) -> Sequence[Dims]:
+    dims, grid = get_dims(call.tensor("input")), get_dims(call.tensor("grid"))
+    return [(merge([dims[0], grid[0]]), dims[1], *grid[1:-1])]
+
+
 def embedding(call: Call) -> Sequence[Dims]:
     return [(*get_dims(call.tensor("indices")), anonymous(call.outputs[0].shape[-1]))]
 
@@ -276,6 +287,7 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
          "any all argmax argmin"),
         ("move", gather, "gather index_select"),
         ("move", index, "index _unsafe_index"),
+        ("move", grid_sample, "grid_sampler_2d grid_sampler_3d cudnn_grid_sampler"),
         ("move", embedding, "embedding"),
         ("move", im2col, "im2col"),
         ("move", col2im, "col2im"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import inspect
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import CodeType
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from masksurgery.branches import Evaluator, Value, common, reads_sizes, same_branch
+from masksurgery.branches import Evaluator, Value, assigned, common, reads_sizes, same_branch
 from masksurgery.layout import Example
 from masksurgery.types import TraceError
 
@@ -36,6 +38,7 @@ FACTORIES = (
     torch.ones,
     torch.rand,
     torch.randn,
+    torch.tensor,
     torch.zeros,
 )
 
@@ -137,7 +140,7 @@ class Tracer(fx.Tracer):
         self, root: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...] = ()
     ) -> None:
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_functions=(*functions, *FACTORIES))
+        super().__init__(autowrap_functions=(*functions, *_einops_functions(), *FACTORIES))
         self._autowrap_search.append(torch)
         self.bound = bound
         self.leaf_types = leaf_types
@@ -152,12 +155,14 @@ class Tracer(fx.Tracer):
             return True
         if any(is_layer(child) or isinstance(child, self.leaf_types) for child in m.modules()):
             return False
+        if type(m).__module__.startswith("einops."):  # Rearrange and its kind
+            return True
         return isinstance(m, self.untraceable) or is_norm(m) or reads_training(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._computes():
+        if self._computes() or m not in (self.submodule_paths or ()):  # the forward makes it: nn.ReLU()(x)
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -184,13 +189,17 @@ class Tracer(fx.Tracer):
             return int(self.decide(cast(Any, obj).shape[0].node, int))
         return common((len(values[0]), len(values[1])), obj.node)
 
-    def decide(self, node: fx.Node, kind: type) -> Any:
+    def decide(self, node: fx.Node, kind: type | None) -> Any:
         """The number that a node computes, for Python's control flow; a node that checks it stays in the graph.
 
+        Args:
+            node: It computes a number, or a tuple of numbers.
+            kind: What the number is to be; None for what it is.
         Raises:
             TraceError: It depends on the values of tensors or on the batch size.
         """
         values = self._compute(node)
+        kind = kind or (tuple if isinstance(values[0], tuple) else type(values[0]))
         if not any(isinstance(value, Tensor) for value in values):
             values = kind(values[0]), kind(values[1])
         value = common(values, node)
@@ -203,6 +212,23 @@ class Tracer(fx.Tracer):
         else:
             self._asked.append(node)
         return value
+
+    def assign(self, node: fx.Node, key: Any, value: Any) -> fx.Node:
+        """The node that stands for `x[key] = value`, x being what a node computes.
+
+        Raises:
+            TraceError: x is a view, a parameter or a buffer: others would see the assignment, too.
+        """
+        if node.op == "get_attr" or self._compute(node)[0]._is_view():
+            raise TraceError(f"'{node.name}', which is assigned to, is a part of another tensor, or of the module")
+        return self.create_proxy("call_function", assigned, (self.proxy(node), key, value), {}).node
+
+    def create_arg(self, a: Any) -> Any:
+        """Mappings keep their type: torch.fx makes a dict of an OrderedDict, which a ModelOutput of transformers is."""
+        if not isinstance(a, OrderedDict):
+            return super().create_arg(a)
+        entries = super().create_arg(dict(a))
+        return self.create_node("call_function", type(a), *(((), entries) if is_dataclass(a) else ((entries,), {})))
 
     def _compute(self, node: fx.Node) -> tuple[Any, Any]:
         if self._evaluator is None:
@@ -259,6 +285,12 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
+def _einops_functions() -> tuple[Callable[..., Any], ...]:
+    """They ask for the type of a tensor, which a Proxy does not have."""
+    einops = sys.modules.get("einops")
+    return (einops.rearrange, einops.reduce, einops.repeat, einops.einsum) if einops else ()
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: torch.nn's, a subclass, or a module that is called one (RMSNorm, EvoNorm2dB0 ...)."""
     return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
@@ -281,28 +313,25 @@ def trace(
     """Trace a model in eval and in training mode.
 
     Args:
-        model: Its training flags are switched and put back; constants of the trace become its non-persistent buffers.
-            Pass a copy.
+        model: Constants of the trace become its non-persistent buffers. Pass a copy.
         bound: The inputs of one forward.
         example: The same at two batch sizes.
         leaf_types: Modules of these types are not entered.
     Raises:
         TraceError: torch.fx cannot follow the model.
     """
-    before = set(vars(model))
-    with _training_flags_restored(model), torch.random.fork_rng(devices=[]):
+    traced = _twin(model)  # a forward that keeps what it computes keeps proxies here, and not in the model
+    with torch.random.fork_rng(devices=[]):
         graphs = {}
         for mode in (False, True):
-            model.train(mode)
-            graphs[mode] = _trace(model, bound, example, leaf_types)
+            traced.train(mode)
+            graphs[mode] = _trace(traced, bound, example, leaf_types)
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[False])]
-    if same_graph(graphs[False], graphs[True], model):
+    if same_graph(graphs[False], graphs[True], traced):
         graphs[True] = graphs[False]
     used = {node.target for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
-    for name in set(vars(model)) - before:
-        constant = vars(model).pop(name)
-        if name in used:
-            model.register_buffer(name, constant, persistent=False)
+    for name in used & (set(vars(traced)) - set(vars(model))):
+        model.register_buffer(name, vars(traced)[name], persistent=False)
     return Traces(model, graphs[False], graphs[True], tuple(notes))
 
 
@@ -326,14 +355,10 @@ def _trace(model: nn.Module, bound: inspect.BoundArguments, example: Example, le
     return graph
 
 
-@contextlib.contextmanager
-def _training_flags_restored(model: nn.Module) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy with the same tensors."""
+    tensors = [x for module in model.modules() for x in tree_leaves(list(vars(module).values()))]
+    return copy.deepcopy(model, {id(x): x for x in tensors if isinstance(x, Tensor)})
 
 
 def _hooked_containers(model: nn.Module, graph: fx.Graph) -> list[str]:
