@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import Attribute, Proxy
 
-from masksurgery.layout import BATCH_SIZES, Example, call_node, copy_with
+from masksurgery.copying import copy_with
+from masksurgery.example import BATCH_SIZES, Example
+from masksurgery.layout import call_node
 from masksurgery.types import LayoutError, TraceError
 
 

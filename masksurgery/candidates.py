@@ -7,11 +7,14 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 
-from masksurgery.tracing import CONVOLUTIONS, LAYERS, Traces, is_layer
+from masksurgery.kinds import LAYERS
+from masksurgery.opaque import Opaque
+from masksurgery.regions import Region
+from masksurgery.tracing import Traces
 from masksurgery.types import ConvertConfig, Selector, SiteError, Skipped
 
 
@@ -24,17 +27,6 @@ class Candidate:
     call: int
     module: nn.Module
     forced: bool = False
-
-
-def rank_of(layer: nn.Module) -> int:
-    """How many dimensions of a layer's input and output stand at its channels and after them."""
-    return len(cast(Sequence[int], layer.kernel_size)) + 1 if isinstance(layer, CONVOLUTIONS) else 1
-
-
-def channel_dim_of(root: nn.Module, node: fx.Node) -> int | None:
-    """Where the output of a layer has its channels, counted from the end; None if the node is not a layer."""
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return None if module is None or not is_layer(module) else -rank_of(module)
 
 
 def resolve_types(after: Any, model: nn.Module) -> tuple[type, ...] | None:
@@ -66,18 +58,20 @@ def resolve_types(after: Any, model: nn.Module) -> tuple[type, ...] | None:
     return tuple(found)
 
 
-def select_candidates(traces: Traces, config: ConvertConfig) -> tuple[list[Candidate], list[Skipped]]:
-    """Calls of the layers that `after`, `include` and `exclude` name, in the order of the graph, and the other layers.
+def select_candidates(region: Region, config: ConvertConfig) -> tuple[list[Candidate], list[Skipped]]:
+    """Calls of the layers that `after`, `include` and `exclude` name, in the order of the graphs, and the other layers.
 
+    Args:
+        region: Of the model itself; the regions in it are looked through too.
     Raises:
         SiteError: They name nothing.
     """
-    root, types = traces.module, config.after or LAYERS
+    root, types = region.traces.module, config.after or LAYERS
     modules = _of_types(root, types)
     if not modules:
         raise _no_such_type(root, config)
-    calls = _calls(traces.eval)
-    skipped = [Skipped(name, _why_not_called(name, traces)) for name in modules if name not in calls]
+    calls = {name for _, _, name in region.calls()}
+    skipped = [Skipped(name, _why_not_called(name, region)) for name in modules if name not in calls]
     included = [name for name, module in modules.items() if _matches(name, module, config.include)]
     if not included:
         raise _no_such_name(modules, config)
@@ -91,10 +85,10 @@ def select_candidates(traces: Traces, config: ConvertConfig) -> tuple[list[Candi
     in_full = {name for name in chosen if name in (config.include or ())}
     for name in sorted(in_full):
         if name not in calls:
-            raise SiteError(f"include names '{name}', which cannot be masked: {_why_not_called(name, traces)}.")
+            raise SiteError(f"include names '{name}', which cannot be masked: {_why_not_called(name, region)}.")
     candidates = [
         Candidate(node, name, call, modules[name], name in in_full)
-        for node, name, call in _in_order(traces.eval)
+        for node, name, call in _in_order(region)
         if name in modules and name in chosen
     ]
     why = {name: "not included" if name not in included else "excluded" for name in modules if name not in chosen}
@@ -117,17 +111,11 @@ def _of_types(root: nn.Module, types: tuple[type, ...]) -> dict[str, nn.Module]:
     return {name: module for name, module in named.items() if name and isinstance(module, types)}
 
 
-def _in_order(graph: fx.Graph) -> Iterable[tuple[fx.Node, str, int]]:
+def _in_order(region: Region) -> Iterable[tuple[fx.Node, str, int]]:
     seen: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.op == "call_module":
-            name = str(node.target)
-            yield node, name, seen[name]
-            seen[name] += 1
-
-
-def _calls(graph: fx.Graph) -> set[str]:
-    return {name for _, name, _ in _in_order(graph)}
+    for _, node, name in region.calls():
+        yield node, name, seen[name]
+        seen[name] += 1
 
 
 def _matches(name: str, module: nn.Module, selectors: Sequence[Selector] | None) -> bool:
@@ -136,17 +124,32 @@ def _matches(name: str, module: nn.Module, selectors: Sequence[Selector] | None)
     return any(s(name, module) if callable(s) else fnmatch.fnmatchcase(name, s) for s in selectors)
 
 
-def _why_not_called(name: str, traces: Traces) -> str:
+def _why_not_called(name: str, region: Region) -> str:
+    """Why no graph of the region, or of one in it, calls a layer."""
+    for part in region.walk():
+        for several, owner in part.irregular.items():
+            if f"{name}.".startswith(f"{several}."):
+                return f"opaque: {owner}, which cannot be traced, calls '{several}' in several ways"
+    inner = next(part for part in reversed([*region.walk()]) if name.startswith(part.qualified("")))
+    return _why_not_in(name.removeprefix(inner.qualified("")), inner.traces)
+
+
+def _why_not_in(name: str, traces: Traces) -> str:
     if any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in traces.eval.nodes):
         return "no call: the model reads its weights without a call of it"
-    parents = [".".join(name.split(".")[:k]) for k in range(1, name.count(".") + 1)]
-    called = _calls(traces.eval)
-    for parent in parents:
+    called, in_training = (
+        {str(node.target) for node in graph.nodes if node.op == "call_module"} for graph in (traces.eval, traces.train)
+    )
+    for parent in [".".join(name.split(".")[:k]) for k in range(1, name.count(".") + 1)]:
         if parent in called:
+            if parent in traces.opaque:
+                return f"opaque: '{parent}' cannot be traced, and does not call it for the example inputs"
             kind = type(traces.module.get_submodule(parent)).__name__
             return f"no call: it is inside {kind} '{parent}', which the trace does not enter"
-    if name in _calls(traces.train):
+    if name in in_training:
         return "training: it runs in training only"
+    if any(isinstance(traces.module.get_submodule(target), Opaque) for target in traces.opaque):
+        return "opaque: the model cannot be traced, and does not call it for the example inputs"
     return "unused: the model does not call it"
 
 

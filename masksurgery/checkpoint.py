@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.convert import Draft, build
+from masksurgery.copying import copy_module
 from masksurgery.factory import Recipe, from_recipe
+from masksurgery.inputs import make_inputs
 from masksurgery.layout import layout_of
 from masksurgery.model import ConvertedModel
 from masksurgery.rebuild import class_name, describe
 from masksurgery.record import AGAIN, Record, read_record
 from masksurgery.sources import one_line
-from masksurgery.tracing import make_inputs
 from masksurgery.types import CheckpointError, ConfigError, ConvertConfig, MasksurgeryError, Site
 from masksurgery.weights import (
     CONFIG,
@@ -85,7 +85,7 @@ def load(
     record = read_record(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, record)
     masks = _masks(record.sites, record.n, tensors, folder / WEIGHTS)
-    own = copy.deepcopy(base) if base is not None else _make_base(record, folder / CONFIG, trust)
+    own = copy_module(base) if base is not None else _make_base(record, folder / CONFIG, trust)
     of_masks = {f"{name}.masks" for name in masks}
     _fill(own, record, {name: x for name, x in tensors.items() if name not in of_masks}, folder)
     try:
@@ -255,13 +255,21 @@ def _trace(record: Record, base: nn.Module, config: ConvertConfig, path: Path) -
         raise CheckpointError(f"{path}: 'inputs' cannot be made ({one_line(error)}). {AGAIN}.") from error
     if kwargs:
         inputs = {**dict(zip(inspect.signature(base.forward).parameters, inputs, strict=False)), **kwargs}
+    parts = {part.name: part.example(_submodule(base, part.name, path)) for part in record.parts} or None
     try:
-        return Draft.of(base, config, inputs)
+        return Draft.of(base, config, inputs, parts)
     except MasksurgeryError:
         cast = tree_map(lambda leaf: _cast(leaf, record.dtype), inputs)
         if all(new is old for new, old in zip(tree_leaves(cast), tree_leaves(inputs), strict=True)):
             raise
-        return Draft.of(base, config, cast)  # the model was cast after it had been converted
+        return Draft.of(base, config, cast, parts)  # the model was cast after it had been converted
+
+
+def _submodule(base: nn.Module, name: str, path: Path) -> nn.Module:
+    try:
+        return base.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(f"{path}: 'parts' names '{name}', which {type(base).__name__} does not have.") from error
 
 
 def _cast(leaf: Any, dtype: str | None) -> Any:
@@ -271,12 +279,14 @@ def _cast(leaf: Any, dtype: str | None) -> Any:
 
 def _check_sites(draft: Draft, sites: tuple[Site, ...], path: Path) -> None:
     """Raise unless every recorded site is a node of the trace, of the recorded shape."""
-    nodes = {node.name: node for node in draft.traces.eval.nodes}
-    root = draft.traces.module
+    regions = {region.name: region for region in draft.region.walk()}
+    root = draft.region.traces.module
     layers = {name for name, _ in root.named_modules(remove_duplicate=False)}
     for i, site in enumerate(sites):
+        nodes = {node.name: node for node in regions[site.part].traces.eval.nodes} if site.part in regions else {}
         for key, name, known in [
             ("layer", site.layer, layers),
+            ("part", site.part, regions),
             ("node", site.node, nodes),
             *(("readers", name, nodes) for name in site.readers),
         ]:
@@ -285,11 +295,12 @@ def _check_sites(draft: Draft, sites: tuple[Site, ...], path: Path) -> None:
                     f"{path}: 'sites[{i}].{key}' names '{name}', which {type(draft.base).__name__} does not have. "
                     f"Pass the base model that was converted, or use the torch and timm that 'versions' names."
                 )
-        if not re.fullmatch(r"\w+", site.mask) or hasattr(root, site.mask):
+        mask = site.mask.removeprefix(regions[site.part].qualified(""))
+        if not re.fullmatch(r"\w+", mask) or hasattr(regions[site.part].traces.module, mask):
             raise CheckpointError(
                 f"{path}: 'sites[{i}].mask' is '{site.mask}', which is no name for a new module. {AGAIN}."
             )
-        facts = draft.facts[nodes[site.node]]
+        facts = regions[site.part].facts[nodes[site.node]]
         shape = tuple(facts.value.shape) if isinstance(facts.value, Tensor) else ()
         layout = layout_of(facts.dims[0], site.node) if shape else None
         if layout is None or not 0 <= site.channel_dim < len(shape) or shape[site.channel_dim] != site.channels:

@@ -173,6 +173,7 @@ def _verify(base: nn.Module, converted: ConvertedModel) -> str:
     from torch.utils._pytree import tree_map
 
     import masksurgery
+    from masksurgery.copying import copy_module
     from masksurgery.macs import sample_inputs
     from masksurgery.tables import step
 
@@ -186,7 +187,7 @@ def _verify(base: nn.Module, converted: ConvertedModel) -> str:
     bound = sample_inputs(base, converted, 2)
     args, kwargs = tree_map(randomise, (list(bound.args), dict(bound.kwargs)))
     with step("Verifying every member in float64"):
-        twin, model = copy.deepcopy(base).double(), copy.deepcopy(converted).double()
+        twin, model = copy_module(base).double(), copy.deepcopy(converted).double()
         found = masksurgery.verify(model, twin, *args, **kwargs)
     routes = ", ".join(f"{count} by {route}" for route, count in found.routes.items())
     return f"relative error {found.relative:.1e} in float64; masks checked {routes}"

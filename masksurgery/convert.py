@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
-from masksurgery.candidates import channel_dim_of, resolve_types
-from masksurgery.flow import Flow
+from masksurgery.candidates import resolve_types
+from masksurgery.copying import copy_module
+from masksurgery.example import Example
+from masksurgery.inputs import bind_inputs, describe_inputs, placeholder_values
+from masksurgery.kinds import compiled_module
 from masksurgery.layers import Members, _Masksembles, mask_type
-from masksurgery.layout import Example, Facts, analyse
+from masksurgery.layout import Facts
 from masksurgery.masks import generate_masks, site_seed
 from masksurgery.model import ConvertedModel
+from masksurgery.opaque import Follow
+from masksurgery.part import replace_by_part
 from masksurgery.prediction import Head, check_outputs, leaf_tasks
-from masksurgery.rewrite import Mask, Plan, output_shapes, plan, rewrite
+from masksurgery.regions import Region, explore
+from masksurgery.rewrite import Mask, Plan, output_shapes, plan, plan_part, rewrite, rewrite_part
 from masksurgery.sites import find_sites, match_sites, unused_name
-from masksurgery.tracing import Traces, bind_inputs, describe_inputs, placeholder_values, trace
 from masksurgery.types import (
     ConfigError,
     ConvertConfig,
@@ -97,7 +102,7 @@ def convert(
         task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched),
     )  # fmt: skip
     draft = Draft.of(model, config, example_inputs)
-    selection = find_sites(draft.traces, Flow(draft.traces.eval, draft.facts, draft.traces.module), config)
+    selection = find_sites(draft.region, config)
     masks = {
         site.mask: generate_masks(site.channels, n, scale, seed=site_seed(seed, site.layer, site.call))
         for site in selection.sites
@@ -115,43 +120,57 @@ def _several(selectors: Sequence[Selector] | Selector) -> tuple[Selector, ...]:
 
 @dataclass(frozen=True)
 class Draft:
-    """A copy of a model, its traces and what is known of them: all that a conversion reads."""
+    """A copy of a model, traced, and what is known of it: all that a conversion reads."""
 
     base: nn.Module
     config: ConvertConfig
     inputs: dict[str, Any]
-    traces: Traces
-    facts: dict[fx.Node, Facts]
-    train_facts: dict[fx.Node, Facts]
+    region: Region
 
     @classmethod
-    def of(cls, model: nn.Module, config: ConvertConfig, example_inputs: Any) -> Draft:
+    def of(
+        cls,
+        model: nn.Module,
+        config: ConvertConfig,
+        example_inputs: Any,
+        parts: Mapping[str, Example] | None = None,
+    ) -> Draft:
         """Trace a copy of the model.
 
+        Args:
+            parts: Where a conversion recorded them, the modules with a graph of their own and what they take.
         Raises:
-            ConfigError: It is converted already, or `unbatched` names no input.
-            TraceError: It cannot be traced, or its inputs are not known.
+            ConfigError: It is converted already, compiled or has lazy layers, or `unbatched` names no input.
+            TraceError, LayoutError: It can be neither traced nor run, or its inputs are not known.
         """
         if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
             raise ConfigError(
                 f"{type(model).__name__} holds Masksembles layers already: it is converted. "
                 f"Convert its base model instead."
             )
+        _check_ready(model)
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
         inputs = placeholder_values(bound)
         unknown = set(config.unbatched) - set(inputs)
         if unknown:
             raise ConfigError(f"unbatched={config.unbatched!r} names {sorted(unknown)}; the inputs are {list(inputs)}.")
-        example = Example.of(inputs, config.unbatched)
-        traces = trace(copy.deepcopy(model), bound, example, config.after or ())
+        example = Example.of(bound, config.unbatched)
+        region = explore(copy_module(model), example, config.after or (), parts)
+        return cls(model, config, describe_inputs(bound), region)
 
-        def facts(graph: fx.Graph) -> dict[fx.Node, Facts]:
-            root = traces.module
-            return analyse(graph, root, example, lambda node: channel_dim_of(root, node))
 
-        eval_facts = facts(traces.eval)
-        train_facts = eval_facts if traces.train is traces.eval else facts(traces.train)
-        return cls(model, config, describe_inputs(bound), traces, eval_facts, train_facts)
+def _check_ready(model: nn.Module) -> None:
+    if compiled_module(model) is not None:
+        raise ConfigError(
+            "The model is compiled. Convert what torch.compile was given (model._orig_mod), and compile the result."
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name.rpartition(".")[0] for name, x in tensors if is_lazy(x)]
+    if lazy:
+        raise ConfigError(
+            f"'{lazy[0]}' is a {type(model.get_submodule(lazy[0])).__name__} without a shape: it has not run yet. Run "
+            f"the model once, model(*example_inputs), before you convert it."
+        )
 
 
 def default_inputs(model: nn.Module) -> tuple[Tensor]:
@@ -183,33 +202,60 @@ def build(
     draft: Draft, sites: Sequence[Site], masks: Mapping[str, np.ndarray], skipped: Sequence[Skipped] = ()
 ) -> ConvertedModel:
     """Rewrite the traced graphs with these sites and masks."""
-    config, traces = draft.config, draft.traces
-    plans = _plan(draft, sites)
-    outputs = draft.facts[next(iter(reversed(traces.eval.nodes)))]
-    batch_dims = plans[0].batch_dims
+    config, region, traces = draft.config, draft.region, draft.region.traces
+    plans = {part.name: _plan(part, sites) for part in region.walk()}
+    root_plan = plans[""][0]
+    outputs = region.facts[next(iter(reversed(traces.eval.nodes)))]
     tasks = leaf_tasks(outputs.value, config.task)
-    check_outputs(output_shapes(outputs, batch_dims), tasks, config.class_dim, config.heteroscedastic)
+    check_outputs(output_shapes(outputs, root_plan.batch_dims), tasks, config.class_dim, config.heteroscedastic)
     taken = {*dir(traces.module), *masks}
     names = {kind: unused_name(kind, taken) for kind in ("members", "prediction")}
-    source = plans[0].source
-    modules: dict[str, nn.Module] = {names["members"]: Members(config.n, config.train_mode, source[1] if source else 0)}
-    by_name = {node.name: node for node in traces.eval.nodes}
+    source = root_plan.source
+    members = Members(config.n, config.train_mode, source[1] if source else 0)
+    modules: dict[str, nn.Module] = {names["members"]: members}
+    modules.update(_mask_modules(region, sites, masks, config))
+    for graph, graph_plan in zip((traces.eval, traces.train), plans[""], strict=False):
+        modules.update(rewrite(graph, graph_plan, names))
+    modules[names["prediction"]] = Head(config.n, root_plan.batch_dims, tasks, config.class_dim, config.heteroscedastic)
+    for part in reversed([*region.walk()]):  # from the inside out
+        if part.name and any(site.part == part.name for site in sites):
+            _replace(part, traces.module, plans[part.name], _mask_modules(part, sites, masks, config), members)
+    changes = config.where == "all" and not all(rows.all() for rows in masks.values())
+    notes = (*_notes(region), FINE_TUNE) if changes else _notes(region)
+    surgery = Surgery(config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks))
+    parts = {part.name: part.example.light() for part in region.walk() if part.name}
+    return ConvertedModel(draft.base, traces, modules, surgery, config, names, draft.inputs, parts)
+
+
+def _notes(region: Region) -> tuple[str, ...]:
+    """What the record has to say beside the sites."""
+    notes = list(region.traces.notes)
+    for part in region.walk():
+        for name, cause in part.traces.opaque.items():
+            notes.append(
+                f"opaque: {part.title(name)} is called as it is, on all members at once, and the modules that it calls "
+                f"are converted on their own: torch.fx cannot trace its forward ({cause})"
+            )
+    return tuple(notes)
+
+
+def _mask_modules(
+    region: Region, sites: Sequence[Site], masks: Mapping[str, np.ndarray], config: ConvertConfig
+) -> dict[str, nn.Module]:
+    """The masks that stand in the graph of a region, by their names there."""
+    nodes = {node.name: node for node in region.traces.eval.nodes}
+    modules: dict[str, nn.Module] = {}
     for site in sites:
-        rank = draft.facts[by_name[site.node]].value.dim()
-        modules[site.mask] = mask_type(rank)(
+        if site.part != region.name:
+            continue
+        mask = mask_type(region.facts[nodes[site.node]].value.dim())(
             site.channels, config.n, config.scale, channel_dim=site.channel_dim, batch_dim=site.batch_dim,
             fold=site.fold, rescale=config.rescale, masks=masks[site.mask],
         )  # fmt: skip
-        device = _device_of(traces.module.get_submodule(site.layer))
-        if device is not None:
-            modules[site.mask].to(device)
-    for graph, graph_plan in zip((traces.eval, traces.train), plans, strict=False):
-        modules.update(rewrite(graph, graph_plan, names))
-    modules[names["prediction"]] = Head(config.n, batch_dims, tasks, config.class_dim, config.heteroscedastic)
-    changes = config.where == "all" and not all(rows.all() for rows in masks.values())
-    notes = (*traces.notes, FINE_TUNE) if changes else traces.notes
-    surgery = Surgery(config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks))
-    return ConvertedModel(draft.base, traces, modules, surgery, config, names, draft.inputs)
+        layer = "" if site.layer == region.name else site.layer.removeprefix(region.qualified(""))
+        device = _device_of(region.traces.module.get_submodule(layer))
+        modules[site.mask.removeprefix(region.qualified(""))] = mask if device is None else mask.to(device)
+    return modules
 
 
 def _device_of(module: nn.Module) -> torch.device | None:
@@ -218,13 +264,43 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return None if device is None or device.type == "meta" else device
 
 
-def _plan(draft: Draft, sites: Sequence[Site]) -> list[Plan]:
-    """The plan of the eval graph, and of the training graph where it is another."""
-    traces = draft.traces
+def _replace(part: Region, root: nn.Module, plans: list[Plan], modules: dict[str, nn.Module], members: Members) -> None:
+    """Put masks into the graphs of a part, and a module that runs them in the place of the part's."""
+    traces = part.traces
+    follow = unused_name("members", {*dir(traces.module), *modules})
+    for graph, graph_plan in zip((traces.eval, traces.train), plans, strict=False):
+        rewrite_part(graph, graph_plan, follow)
+    replace_by_part(
+        root, traces.module, (traces.eval, traces.train), {follow: Follow(members), **modules}, part.example
+    )
+
+
+def _plan(region: Region, sites: Sequence[Site]) -> list[Plan]:
+    """The plan of a region's eval graph, and of its training graph where that is another."""
+    traces, prefix = region.traces, region.qualified("")
+    own = [site for site in sites if site.part == region.name]
     by_name = {node.name: node for node in traces.eval.nodes}
-    masks = [Mask(site.mask, by_name[site.node], tuple(by_name[name] for name in site.readers)) for site in sites]
-    plans = [plan(traces.eval, draft.facts, masks)]
+    masks = [
+        Mask(site.mask.removeprefix(prefix), by_name[site.node], tuple(by_name[name] for name in site.readers))
+        for site in own
+    ]
+    plans = [_plan_graph(region, traces.eval, region.facts, masks, sites)]
     if traces.train is not traces.eval:
-        twins = match_sites(sites, traces)
-        plans.append(plan(traces.train, draft.train_facts, [Mask(name, *nodes) for name, nodes in twins.items()]))
+        twins = match_sites(own, traces)
+        masks = [Mask(name.removeprefix(prefix), *nodes) for name, nodes in twins.items()]
+        plans.append(_plan_graph(region, traces.train, region.train_facts, masks, sites))
     return plans
+
+
+def _plan_graph(
+    region: Region, graph: fx.Graph, facts: Mapping[fx.Node, Facts], masks: list[Mask], sites: Sequence[Site]
+) -> Plan:
+    if region.name:
+        return plan_part(graph, facts, masks)
+    with_masks = {
+        str(node.target)
+        for node, parts in region.parts.items()
+        if any(site.part == inner.name for part in parts for inner in part.walk() for site in sites)
+    }
+    opaque = {node for node in graph.nodes if node.op == "call_module" and node.target in with_masks}
+    return plan(graph, facts, masks, opaque)

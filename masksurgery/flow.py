@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import fx, nn
 
 from masksurgery.axes import Axis
-from masksurgery.layout import Facts, NodeFacts
+from masksurgery.layout import Facts
+from masksurgery.regions import Region
 
 COMPUTING = frozenset({"pointwise", "mul", "norm", "softmax", "gate", "mix"})
 ATTENTION = "gate: it only makes attention weights (query or key of an attention product)"
@@ -28,9 +29,29 @@ class Fate:
 class Flow:
     """Questions about the dataflow of one traced graph (in eval mode, where dropout computes nothing)."""
 
-    def __init__(self, graph: fx.Graph, facts: NodeFacts, root: nn.Module) -> None:
-        self.graph, self.facts, self.root = graph, facts, root
+    def __init__(self, region: Region, owner: tuple[Flow, fx.Node] | None = None) -> None:
+        """
+        Args:
+            region: With the graph, and what is known of it.
+            owner: The flow and the node of the opaque call that the region is a part of.
+        """
+        self.region, self.owner = region, owner
+        self.graph, self.facts, self.root = region.traces.eval, region.facts, region.traces.module
         self.gated = self._find_gated()
+
+    def walk(self, masked: dict[Axis, str]) -> Iterator[tuple[Flow, fx.Node]]:
+        """The nodes of this region and of those in it, in the order in which they run, each with its flow.
+
+        Args:
+            masked: What masks reach. Where a part begins it learns which axes of its inputs are among that.
+        """
+        for node in self.graph.nodes:
+            for axis in (axis for dims in self.facts[node].dims for dim in dims for axis in dim):
+                if node.op == "placeholder" and axis.parents & masked.keys():
+                    masked[axis] = masked[next(iter(axis.parents & masked.keys()))]
+            yield self, node
+            for part in self.region.parts.get(node, ()):
+                yield from Flow(part, (self, node)).walk(masked)
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """The users of its values; reading a size is none."""
@@ -109,29 +130,31 @@ class Flow:
         if axis in masked:
             return Fate(f"masked: it is channel-wise since the mask of '{masked[axis]}'", frozenset())
         reasons: list[str] = []
-        region, stack = {axis}, [(node, axis)]
+        region, stack = {axis}, [(self, node, axis)]
         products: list[Axis] = []
         if self._only_reaches_output(node, axis):
             reasons.append(OUTPUT)
         while stack:
-            source, part = stack.pop()
-            for reader in self.readers(source):
+            flow, source, part = stack.pop()
+            for reader in flow.readers(source):
                 if reader.op == "output":
-                    reasons.append(OUTPUT)
-                    continue
-                fact = self.facts[reader]
-                if part in fact.split:
-                    reasons.append(f"reshaped: '{reader.name}' splits its channels before the next layer mixes them")
-                children = fact.children.get(part, set())
-                if fact.unknown and not children:
-                    reasons.append(f"unknown: no rule for {', '.join(fact.unknown)} in '{reader.name}'")
-                if self._adds_branch(reader):
-                    continue
-                if "mul" in fact.kinds and len(self.data_inputs(reader)) > 1:
-                    products.extend(children)
+                    if flow.owner is None:
+                        reasons.append(OUTPUT)
+                        continue
+                    left, split = flow._leave(part)
+                    region |= left
+                    reasons.extend(split)
+                    reader, (flow_after, children) = flow.owner[1], (flow.owner[0], flow._after(left))
+                else:
+                    flow_after, children = flow, flow.facts[reader].children.get(part, set())
+                    reasons.extend(flow._faults(reader, part, children))
+                    if flow._adds_branch(reader):
+                        continue
+                    if "mul" in flow.facts[reader].kinds and len(flow.data_inputs(reader)) > 1:
+                        products.extend(children)
                 for child in children - region:
                     region.add(child)
-                    stack.append((reader, child))
+                    stack.append((flow_after, reader, child))
         for product in products:
             layers = sorted(masked[other] for other in product.parents - region if other in masked)
             reasons.extend(f"masked: it is multiplied by the masked output of '{layer}'" for layer in layers)
@@ -139,20 +162,55 @@ class Flow:
 
     def _only_reaches_output(self, node: fx.Node, axis: Axis) -> bool:
         """All that becomes of the channels is output, by whatever sums: two heads whose logits are added."""
+        if self.owner is not None:
+            return False
         stack, seen = [(node, axis)], {axis}
         while stack:
             source, part = stack.pop()
             for reader in self.readers(source):
-                children = set() if reader.op == "output" else self.facts[reader].children.get(part, set())
-                if reader.op != "output" and not children:
+                if reader.op == "output":
+                    continue
+                fact = self.facts[reader]
+                children = fact.children.get(part, set())
+                if not children or "sum" in fact.kinds:  # an encoder layer adds to the channels what it has mixed
                     return False
                 stack.extend((reader, child) for child in children - seen)
                 seen |= children
         return True
 
+    def _faults(self, reader: fx.Node, axis: Axis, children: set[Axis]) -> list[str]:
+        """Why a reader forbids a mask on an axis that it reads."""
+        fact, faults = self.facts[reader], []
+        if axis in fact.split:
+            faults.append(f"reshaped: '{reader.name}' splits its channels before the next layer mixes them")
+        if fact.unknown and not children:
+            faults.append(f"unknown: no rule for {', '.join(fact.unknown)} in '{reader.name}'")
+        return faults
+
+    def _leave(self, axis: Axis) -> tuple[set[Axis], list[str]]:
+        """The axes that an axis of the output has in the region around this one, and why they cannot be masked."""
+        assert self.owner is not None
+        output = next(iter(reversed(self.graph.nodes)))
+        ends = self.facts[output].children.get(axis, set())
+        left: set[Axis] = set()
+        for exits in self.region.exits:
+            for inner, outer in zip(self.facts[output].dims, exits, strict=False):
+                for dim, outside in zip(inner, outer, strict=False):
+                    if ends & set(dim):
+                        left.update(outside)
+        flow, node = self.owner
+        faults = [fault for axis in left for fault in flow._faults(node, axis, {axis})]
+        return left, faults
+
+    def _after(self, left: set[Axis]) -> set[Axis]:
+        """What the opaque call around this region returns of axes that left it."""
+        assert self.owner is not None
+        flow, node = self.owner
+        return set().union(*(flow.facts[node].children.get(axis, set()) for axis in left))
+
     def _adds_branch(self, node: fx.Node) -> bool:
         kinds = set(self.facts[node].kinds)
-        return "pointwise" in kinds and "mul" not in kinds and len(self.data_inputs(node)) > 1
+        return "sum" in kinds or ("pointwise" in kinds and "mul" not in kinds and len(self.data_inputs(node)) > 1)
 
     # --- gates and attention weights ---------------------------------------------------------------------------------
 

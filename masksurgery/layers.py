@@ -39,14 +39,24 @@ class Members(nn.Module):
         leaf: Which leaf of the input tells the batch size, where the input is a tuple, a list or a dict.
     Attributes:
         fixed: None, or the member of each sample [b]: used in training with "split" instead of a drawn one.
+        followed: Masks inside of an opaque module ask for the decision.
+        latest: The last decision, if it is followed.
     """
 
     def __init__(self, n: int, train_mode: TrainMode = "split", leaf: int = 0) -> None:
         super().__init__()
         self.n, self.train_mode, self.leaf = n, train_mode, leaf
         self.fixed: Tensor | None = None
+        self.followed = False
+        self.latest: Assignment | None = None
 
     def forward(self, inputs: Any) -> Assignment:
+        assignment = self._assign(inputs)
+        if self.followed:
+            self.latest = assignment
+        return assignment
+
+    def _assign(self, inputs: Any) -> Assignment:
         if not self.training:
             return Assignment(self.n, None, True)
         if self.train_mode == "repeat":

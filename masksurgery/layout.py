@@ -8,9 +8,8 @@ from `k*b` rows.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -22,11 +21,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.axes import Axis, Call, Dims, get_dims, set_dims
+from masksurgery.copying import copy_with, meta_copy
+from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.rules import find_rule
 from masksurgery.types import Layout, LayoutError
 
-# Odd and prime, so that a batch is not taken for a window, a group or a pair.
-BATCH_SIZES = (13, 11)
+
+@dataclass
+class InnerCall:
+    """A call of a module inside of one that the trace does not enter.
+
+    Attributes:
+        name: Qualified name of the module.
+        given: Its (args, kwargs) at each of BATCH_SIZES.
+        entry: The axes of the tensors in the first of them, in order.
+        exits: The axes of the tensors that it returned.
+    """
+
+    name: str
+    given: list[tuple[Any, Any]]
+    entry: list[Dims]
+    exits: list[Dims] = field(default_factory=list)
 
 
 @dataclass
@@ -41,7 +56,9 @@ class Facts:
         kinds: The families of the operators that ran, in order; none for an Identity, or dropout in eval.
         split: Axes of the inputs that were cut up.
         unknown: Operators without a rule.
-        children: For an axis of an input, the axes of the output that are the same index by index.
+        children: For an axis of an input, or of what a watched module returned, the axes of the output that are the
+            same index by index.
+        calls: The calls of watched modules in it.
     """
 
     value: Any
@@ -52,6 +69,7 @@ class Facts:
     split: frozenset[Axis] = frozenset()
     unknown: tuple[str, ...] = ()
     children: dict[Axis, set[Axis]] = field(default_factory=dict)
+    calls: list[InnerCall] = field(default_factory=list)
 
     @property
     def has_tensor(self) -> bool:
@@ -105,79 +123,36 @@ def layout_of(dims: Dims, name: str) -> Layout:
     return Layout(batch_dim, channel_dim, outer, fold)
 
 
-@dataclass(frozen=True)
-class Example:
-    """What one forward takes, at both batch sizes.
-
-    Attributes:
-        values: By the name of the placeholder, at each of BATCH_SIZES.
-        dims: The axes of the tensors in each of the first values.
-    """
-
-    values: tuple[Mapping[str, Any], Mapping[str, Any]]
-    dims: Mapping[str, Sequence[Dims]]
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, Any], unbatched: tuple[str, ...] = ()) -> Example:
-        """Samples repeated to both sizes; dimension 0 of every tensor is the batch.
-
-        Args:
-            inputs: Example values by the name of the placeholder.
-            unbatched: Names of those without a batch dimension.
-        """
-
-        def resize(x: Any, size: int) -> Any:
-            if not isinstance(x, Tensor) or x.dim() == 0:
-                return x
-            return x.detach()[torch.arange(size, device=x.device) % max(len(x), 1)]
-
-        def dims_of(x: Tensor, batched: bool) -> Dims:
-            axes = [() if size == 1 else (Axis(size),) for size in x.shape]
-            if batched and axes:
-                axes[0] = (Axis(BATCH_SIZES[0], batch=True),)
-            return tuple(axes)
-
-        resized = [
-            {k: v if k in unbatched else tree_map(lambda x: resize(x, size), v) for k, v in inputs.items()}  # noqa: B023
-            for size in BATCH_SIZES
-        ]
-        dims = {k: [dims_of(x, k not in unbatched) for x in _tensors(v)] for k, v in resized[0].items()}
-        return cls((resized[0], resized[1]), dims)
-
-    def without_data(self, device: str | None = None) -> list[dict[str, Any]]:
-        """The same shapes; under a mode of fake tensors these."""
-
-        def empty(x: Any) -> Any:
-            return torch.empty(x.shape, dtype=x.dtype, device=device or x.device) if isinstance(x, Tensor) else x
-
-        return [{name: tree_map(empty, value) for name, value in values.items()} for values in self.values]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def analyse(
-    graph: fx.Graph, root: nn.Module, example: Example, channel_dim: Callable[[fx.Node], int | None]
+    graph: fx.Graph,
+    root: nn.Module,
+    example: Example,
+    channel_dim: Callable[[fx.Node], int | None],
+    watch: Collection[str] = (),
+    training: bool = False,
 ) -> dict[fx.Node, Facts]:
     """Run the graph at two batch sizes and collect the facts of every node.
 
     Args:
         graph: A traced graph. It is not changed.
-        root: The module that it was traced from; its parameters are not read, only their shapes.
+        root: The module that it was traced from; it is not changed.
         example: What one forward takes.
         channel_dim: Where a layer's output has its channels (counted from the end), None for other nodes.
+        watch: Names of modules whose calls are to be noted, unless one stands inside another. With these the values of
+            the example inputs and of the parameters are used if it cannot be helped.
+        training: The mode that the graph was traced in, whatever the mode of `root` is now.
     Raises:
-        LayoutError: The graph cannot be run without data.
+        LayoutError: The graph cannot be run.
     """
     # The meta device is two to three times as fast as fake tensors, but does not know a CPU tensor beside a meta one.
-    for make in (_on_meta, _on_fake):
+    for make in (_on_meta, _on_fake, _on_values) if watch else (_on_meta, _on_fake):
         try:
             with torch.no_grad(), make(root, example) as (module, given):
-                return _analyse(graph, module, given, example.dims, channel_dim)
+                return _analyse(graph, module.train(training), given, example.dims, channel_dim, watch)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             failure = error
-    raise LayoutError(f"The model cannot be run without data, on its example inputs: {failure}") from failure
+    data = "" if watch else " without data"
+    raise LayoutError(f"The model cannot be run{data}, on its example inputs: {failure}") from failure
 
 
 def _analyse(
@@ -186,8 +161,11 @@ def _analyse(
     given: Sequence[Mapping[str, Any]],
     dims: Mapping[str, Sequence[Dims]],
     channel_dim: Callable[[fx.Node], int | None],
+    watch: Collection[str],
 ) -> dict[fx.Node, Facts]:
-    others = {node: shapes(value) for node, value in _run(graph, module, given[1], lambda node, call: call())}
+    recorder = _Recorder(module, watch)
+    run = _run(graph, module, given[1], lambda node, call: call())
+    others = {node: (shapes(value), recorder.take()) for node, value in run}
     facts: dict[fx.Node, Facts] = {}
     tracker = _Tracker()
 
@@ -200,10 +178,11 @@ def _analyse(
         value = _own(value, sources)
         # zeros_like(x) reads no value of x, only its size
         data = set(tracker.kinds) != {"make"} and any(source.data and source.has_tensor for source in sources)
-        facts[node] = fact = Facts(value, others[node], data=data)
+        other, calls = others[node]
+        facts[node] = fact = Facts(value, other, data=data, calls=_paired(recorder.take(), calls))
         if node.op == "placeholder":
             fact.data = True
-            for x, known in zip(_tensors(value), dims[str(node.target)], strict=True):
+            for x, known in zip(tensors_in(value), dims[str(node.target)], strict=True):
                 set_dims(x, known)
         _finalise(fact, tracker, channel_dim(node))
         return value
@@ -211,6 +190,60 @@ def _analyse(
     for _ in _run(graph, module, given[0], track):
         pass
     return facts
+
+
+class _Recorder:
+    """Notes the calls of some modules, the outermost if they stand in each other, and gives their outputs new axes."""
+
+    def __init__(self, module: nn.Module, watch: Collection[str]) -> None:
+        self._calls: list[InnerCall] = []
+        self._depth = 0
+        for name in watch:
+            watched = module.get_submodule(name)
+            watched.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+            watched.register_forward_hook(self._leave)
+
+    def take(self) -> list[InnerCall]:
+        """The calls since the last time."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def _enter(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._depth:
+                entry = [get_dims(x) for x in tensors_in((args, kwargs))]
+                self._calls.append(InnerCall(name, [(args, kwargs)], entry))
+            self._depth += 1
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        for x in tensors_in(output):
+            dims = tuple(tuple(Axis(axis.size, axis.batch) for axis in dim) for dim in get_dims(x))
+            for new, old in zip(_axes(dims), _axes(get_dims(x)), strict=True):
+                new.sources = old.sources | {new}
+            set_dims(x, dims)
+            self._calls[-1].exits.append(dims)
+
+
+def _axes(dims: Dims) -> list[Axis]:
+    return [axis for dim in dims for axis in dim]
+
+
+def _paired(calls: list[InnerCall], others: list[InnerCall]) -> list[InnerCall]:
+    """The calls of both runs as one."""
+    names = [[call.name for call in run] for run in (calls, others)]
+    if names[0] != names[1]:
+        raise LayoutError(
+            f"The model calls other modules for {BATCH_SIZES[0]} samples than for {BATCH_SIZES[1]}: {names[0]} and "
+            f"{names[1]}."
+        )
+    for call, other in zip(calls, others, strict=True):
+        call.given.extend(other.given)
+    return calls
 
 
 def _run(
@@ -313,10 +346,13 @@ class _Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         kind, rule = find_rule(func)
         before = [get_dims(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # What a layer makes of its parameters alone (a normalised weight) tells nothing of its input.
+        reads_input = [dims for dims in before if any(axis.sources for dim in dims for axis in dim)]
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if rule is None:
-            self.unknown.append(str(func))
+            if reads_input:
+                self.unknown.append(str(func))
             for x in outputs:
                 set_dims(x, tuple((Axis(size),) if size != 1 else () for size in x.shape))
             return out
@@ -324,7 +360,10 @@ class _Tracker(TorchDispatchMode):
         dims = rule(call) if outputs and before else []
         for x, found in zip(outputs, dims, strict=True):
             set_dims(x, found)
-        self.kinds.append(kind)
+        if reads_input:
+            self.kinds.append(kind)
+        if kind == "pointwise" and len(reads_input) > 1 and {"mix", "product"} & set(self.kinds):
+            self.kinds.append("sum")
         self.split |= call.split
         return out
 
@@ -350,21 +389,7 @@ def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
         yield copy_with(root, mode.from_tensor), example.without_data()
 
 
-def meta_copy(root: nn.Module) -> nn.Module:
-    """A copy on the meta device, without hooks: shapes and no values."""
-    return copy_with(root, lambda x: torch.empty_like(x, device="meta"))
-
-
-def copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy without hooks, all tensors in it converted."""
-    memo: dict[int, Any] = {}
-    for module in root.modules():
-        for x in tree_leaves((module._parameters, module._buffers, list(module.__dict__.values()))):
-            if isinstance(x, Tensor) and id(x) not in memo:
-                y = convert(x.detach())
-                memo[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-    duplicate = copy.deepcopy(root, memo)
-    for module in duplicate.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
-    return duplicate
+@contextlib.contextmanager
+def _on_values(root: nn.Module, example: Example) -> Iterator[Run]:
+    with torch.random.fork_rng(devices=[]):
+        yield copy_with(root, torch.clone), example.values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from masksurgery.layout import meta_copy
+from masksurgery.copying import copy_module, meta_copy
+from masksurgery.inputs import bind, make_inputs, placeholder_values
 from masksurgery.model import ConvertedModel
-from masksurgery.tracing import bind, make_inputs, placeholder_values
 from masksurgery.types import TraceError
 
 
@@ -69,7 +68,7 @@ def _on_meta(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
 
 
 def _on_fake(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
-    duplicate = copy.deepcopy(model)
+    duplicate = copy_module(model)
     # Kernels that fuse an attention are not counted on every version of torch; their parts are.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

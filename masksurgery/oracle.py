@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from masksurgery.layout import Example
+from masksurgery.copying import copy_module
+from masksurgery.example import Example
+from masksurgery.inputs import bind, placeholder_values
 from masksurgery.model import ConvertedModel
-from masksurgery.tracing import bind, placeholder_values, trace
+from masksurgery.tracing import Traces, trace
 from masksurgery.types import Site
 
 Route = Literal["hook", "pre-hook", "interpreter"]
@@ -33,37 +35,52 @@ class Oracle:
         for site in surgery.sites:
             factor = site.channels / site.ones if model.config.rescale else 1.0
             self.masks[site.mask] = weights[site.mask].to(like.device, like.dtype) * factor
-        bound = bind(base, *example)
-        inputs = Example.of(placeholder_values(bound), model.config.unbatched)
-        self.traces = trace(copy.deepcopy(base), bound, inputs, model.config.after or ())
-        self.nodes = {node.name: node for node in self.traces.eval.nodes}
-        self.hooks: list[tuple[nn.Module, int, Site, bool]] = []
-        self.by_interpreter: dict[str, list[tuple[Site, tuple[str, ...]]]] = {}
+        regions = self._trace(example)
+        self.regions = regions
+        self.hooks: list[tuple[nn.Module, int, int, Site, bool]] = []
+        self.by_interpreter: dict[tuple[str, str], list[tuple[Site, tuple[str, ...]]]] = {}
         counts: Counter[str] = Counter()
         for site in surgery.sites:
             counts[self._choose_route(site)] += 1
         self.routes: dict[str, int] = dict(counts)
 
+    def _trace(self, example: Any) -> dict[str, Traces]:
+        """Fresh traces of the base model, and of the modules in it that have a graph of their own, by name."""
+        config, copied = self.model.config, copy_module(self.base)
+        traces = {
+            name: trace(copied.get_submodule(name), part, config.after or ())
+            for name, part in self.model.parts.items()
+            if any(site.part == name for site in self.model.surgery.sites)
+        }
+        return {
+            "": trace(copied, Example.of(bind(self.base, *example), config.unbatched), config.after or ()),
+            **traces,
+        }
+
     def _choose_route(self, site: Site) -> Route:
-        node = self.nodes[site.node]
+        node = self._node(site)
         if node.op == "call_module" and not site.readers:
-            self.hooks.append((self._module(node), self._call_of(node), site, False))
+            self._hook(node, site, False)
             return "hook"
         readers = [user for user in node.users if not site.readers or user.name in site.readers]
         tensors = [user for user in readers if not _reads_size(user)]
         if tensors and all(self._reads_first(user, node) for user in tensors):
-            self.hooks.extend((self._module(user), self._call_of(user), site, True) for user in tensors)
+            for user in tensors:
+                self._hook(user, site, True)
             return "pre-hook"
-        self.by_interpreter.setdefault(site.node, []).append((site, site.readers))
+        self.by_interpreter.setdefault((site.part, site.node), []).append((site, site.readers))
         return "interpreter"
 
-    def _module(self, node: fx.Node) -> nn.Module:
-        return self.base.get_submodule(str(node.target))
+    def _node(self, site: Site) -> fx.Node:
+        return next(node for node in self.regions[site.part].eval.nodes if node.name == site.node)
 
-    def _call_of(self, node: fx.Node) -> int:
-        """How often the same module was called before."""
-        calls = [other for other in self.nodes.values() if other.op == "call_module"]
-        return [c for c in calls if self._module(c) is self._module(node)].index(node)
+    def _hook(self, node: fx.Node, site: Site, before: bool) -> None:
+        """Note which of how many calls of a module, in one run of its graph, a hook is for."""
+        part = self.base.get_submodule(site.part)
+        calls = [other for other in node.graph.nodes if other.op == "call_module"]
+        module = part.get_submodule(str(node.target))
+        same = [call for call in calls if part.get_submodule(str(call.target)) is module]
+        self.hooks.append((module, same.index(node), len(same), site, before))
 
     @staticmethod
     def _reads_first(user: fx.Node, node: fx.Node) -> bool:
@@ -89,23 +106,45 @@ class Oracle:
             masked = moved * rows.view(len(moved), *[1] * (moved.dim() - 2), -1)
             return masked.movedim((0, -1), (site.batch_dim, site.channel_dim))
 
-        with self._hooked(apply):
-            if not self.by_interpreter:
-                return self.base(*inputs[0], **inputs[1])
-            bound = bind(self.base, *inputs)
-            graph = self.traces.train if self.base.training else self.traces.eval
-            return _Masking(self.base, graph, self, apply).run(*placeholder_values(bound).values())
+        with self._hooked(apply), self._interpreted(apply):
+            return self.base(*inputs[0], **inputs[1])
+
+    @contextlib.contextmanager
+    def _interpreted(self, apply: Callable[[Tensor, Site], Tensor]) -> Iterator[None]:
+        """Where no hook can reach a site, an interpreter runs in the place of the forward around it."""
+        changed = []
+        for name in {part for part, _ in self.by_interpreter}:
+            module, traces = self.base.get_submodule(name), self.regions[name]
+
+            def forward(
+                *args: Any, module: nn.Module = module, traces: Traces = traces, name: str = name, **kwargs: Any
+            ) -> Any:
+                bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+                del bound.arguments[next(iter(bound.arguments))]
+                given = placeholder_values(bound, integers=bool(name))
+                graph = traces.train if module.training else traces.eval
+                return _Masking(module, graph, traces, self.by_interpreter, name, apply).run(*given.values())
+
+            module.forward = forward  # type: ignore[method-assign]
+            changed.append(module)
+        try:
+            yield
+        finally:
+            for module in changed:
+                del module.forward
 
     @contextlib.contextmanager
     def _hooked(self, apply: Callable[[Tensor, Site], Tensor]) -> Iterator[None]:
         calls: Counter[tuple[nn.Module, bool]] = Counter()
         handles = []
         by_module: dict[tuple[nn.Module, bool], dict[int, list[Site]]] = {}
-        for module, call, site, before in self.hooks:
+        numbers: dict[tuple[nn.Module, bool], int] = {}
+        for module, call, number, site, before in self.hooks:
             by_module.setdefault((module, before), {}).setdefault(call, []).append(site)
+            numbers[module, before] = number
 
         def masked(x: Tensor, key: tuple[nn.Module, bool]) -> Tensor:
-            for site in by_module[key].get(calls[key], ()):
+            for site in by_module[key].get(calls[key] % numbers[key], ()):
                 x = apply(x, site)
             calls[key] += 1
             return x
@@ -128,21 +167,27 @@ class _Masking(fx.Interpreter):
     """Runs a trace of the base model and masks the sites that no hook can reach."""
 
     def __init__(
-        self, base: nn.Module, graph: fx.Graph, oracle: Oracle, apply: Callable[[Tensor, Site], Tensor]
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        traces: Traces,
+        sites: Mapping[tuple[str, str], list[tuple[Site, tuple[str, ...]]]],
+        part: str,
+        apply: Callable[[Tensor, Site], Tensor],
     ) -> None:
-        super().__init__(base, graph=graph)
-        self.oracle, self.apply = oracle, apply
+        super().__init__(module, graph=graph)
+        self.traces, self.sites, self.part, self.apply = traces, sites, part, apply
 
     def fetch_attr(self, target: str) -> Any:
         try:
             return super().fetch_attr(target)
         except (AttributeError, RuntimeError):  # a constant that the trace made
-            return getattr(self.oracle.traces.module, target)
+            return getattr(self.traces.module, target)
 
     def run_node(self, n: fx.Node) -> Any:
         kept = {}
         for source in n.all_input_nodes:
-            for site, readers in self.oracle.by_interpreter.get(source.name, ()):
+            for site, readers in self.sites.get((self.part, source.name), ()):
                 if not _reads_size(n) and (not readers or n.name in readers):
                     kept[source] = self.env[source]
                     self.env[source] = self.apply(self.env[source], site)

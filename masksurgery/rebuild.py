@@ -16,14 +16,16 @@ from torch import nn
 from masksurgery.factory import SHAPING, Recipe, from_recipe, is_timm_name
 from masksurgery.layers import Members, Repeat, _Masksembles
 from masksurgery.model import ConvertedModel
+from masksurgery.opaque import Follow, Opaque
+from masksurgery.part import Part
 from masksurgery.prediction import Head
-from masksurgery.record import FORMAT_VERSION, BaseRecipe, Inputs, Record
+from masksurgery.record import FORMAT_VERSION, BaseRecipe, Inputs, PartInputs, Record
 from masksurgery.types import CheckpointError, ConfigError
 from masksurgery.weights import parameter_groups
 
 CALLER_SUPPLIES = "the caller supplies the base model: masksurgery.load(folder, base=...)"
 
-INSERTED = (_Masksembles, Members, Repeat, Head)
+INSERTED = (_Masksembles, Members, Repeat, Head, Opaque, Follow)
 
 
 def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> tuple[str, str]:
@@ -59,6 +61,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         inputs=Inputs(tuple(model.inputs["args"]), dict(model.inputs["kwargs"])),
+        parts=tuple(PartInputs.of(name, example) for name, example in model.parts.items()),
         sites=surgery.sites,
         skipped=surgery.skipped,
         notes=surgery.notes,
@@ -137,7 +140,8 @@ def reproduces(model: ConvertedModel, recipe: Recipe) -> bool:
 
 
 def _same_settings(one: nn.Module, other: nn.Module) -> bool:
-    return type(one) is type(other) and one.extra_repr() == other.extra_repr() and _plain(one) == _plain(other)
+    kind = one._base_type if isinstance(one, Part) else type(one)
+    return kind is type(other) and one.extra_repr() == other.extra_repr() and _plain(one) == _plain(other)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
+from masksurgery.axes import Axis, Dims
+from masksurgery.example import Example
+from masksurgery.inputs import bind, describe, describe_inputs, make_inputs, placeholder_values
 from masksurgery.types import CheckpointError, ConvertConfig, MasksurgeryError, Site, Skipped, Task, TrainMode, Where
 
 FORMAT_VERSION = 1
@@ -40,6 +44,52 @@ class Inputs:
     kwargs: dict[str, Any]
 
 
+Axes = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def _axes(dims: Dims) -> Axes:
+    return tuple(tuple((axis.size, int(axis.batch)) for axis in dim) for dim in dims)
+
+
+@dataclass(frozen=True)
+class PartInputs:
+    """What a module takes that has a graph of its own, inside of one that cannot be traced.
+
+    Attributes:
+        first: One forward of the first of two batch sizes.
+        second: Inputs of the second batch size, by name.
+        axes: For each input its tensors, for each tensor its dimensions, for each dimension its axes, outermost first:
+            the length, and 1 if the axis counts the samples.
+    """
+
+    name: str
+    first: Inputs
+    second: dict[str, Any]
+    axes: dict[str, tuple[Axes, ...]]
+
+    @classmethod
+    def of(cls, name: str, example: Example) -> PartInputs:
+        axes = {placeholder: tuple(map(_axes, tensors)) for placeholder, tensors in example.dims.items()}
+        inputs = describe_inputs(example.bound)
+        second = describe(dict(example.values[1]))
+        return cls(name, Inputs(tuple(inputs["args"]), inputs["kwargs"]), second, axes)
+
+    def example(self, module: nn.Module) -> Example:
+        """What it takes, for the module itself.
+
+        Raises:
+            TraceError: This is not how it is called.
+        """
+        args, kwargs = make_inputs({"args": list(self.first.args), "kwargs": self.first.kwargs})
+        bound = bind(module, args, kwargs)
+        values = placeholder_values(bound, integers=True), make_inputs({"args": [], "kwargs": self.second})[1]
+        dims = {
+            name: [tuple(tuple(Axis(size, bool(batch)) for size, batch in dim) for dim in axes) for axes in tensors]
+            for name, tensors in self.axes.items()
+        }
+        return Example(bound, values, dims, integers=True)
+
+
 @dataclass(frozen=True)
 class Record:
     """What config.json holds. Fields with a default may be missing from it.
@@ -51,6 +101,7 @@ class Record:
         base_type: Class of the base model, to be read by people.
         base_note: What the caller of `load` has to do, for people too.
         dtype: Of the floating-point parameters.
+        parts: Modules with a graph of their own.
         aliases: Name of a tied parameter to the name that its values are saved under.
         after: Layer types as "module.QualName"; None for every convolution and Linear.
         output: What eval returns.
@@ -82,6 +133,7 @@ class Record:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     aliases: dict[str, str]
+    parts: tuple[PartInputs, ...] = ()
     pretrained_cfg: dict[str, Any] | None = None
     temperature: float | None = None
     threshold: float | None = None
@@ -111,7 +163,11 @@ def read_record(path: Path) -> Record:
         raise CheckpointError(f"{path}: holds {_shown(content)}, not a JSON object. {AGAIN}.")
     check_version(content, path)
     record: Record = parse(Record, content, "", path)
-    for i, part in enumerate((*record.inputs.args, *record.inputs.kwargs.values())):
+    given = [*record.inputs.args, *record.inputs.kwargs.values()]
+    given += [
+        x for part in record.parts for x in (*part.first.args, *part.first.kwargs.values(), *part.second.values())
+    ]
+    for i, part in enumerate(given):
         _check_input(part, f"inputs[{i}]", path)
     if record.dtype is not None:
         _check_dtype(record.dtype, "dtype", path)

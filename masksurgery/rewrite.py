@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.example import BATCH_SIZES
 from masksurgery.layers import Repeat
-from masksurgery.layout import BATCH_SIZES, Facts, NodeFacts, layout_of
+from masksurgery.layout import Facts, NodeFacts, layout_of
 from masksurgery.types import LayoutError
 
 RepeatPlan = list[Literal["scale"] | tuple[int, int] | None]
@@ -50,9 +51,14 @@ class Plan:
     source: tuple[fx.Node, int] | None = None
 
 
-def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
+def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask], opaque: Collection[fx.Node] = ()) -> Plan:
     """Find what differs between members, and what has to be repeated for it.
 
+    Args:
+        graph: Of the model itself.
+        facts: Of its nodes.
+        masks: To be inserted into it.
+        opaque: Nodes with masks inside of them.
     Raises:
         LayoutError: A member-dependent tensor loses its batch dimension, an integer is not proportional to the batch
             size, or no input has a batch.
@@ -63,7 +69,7 @@ def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
             leaves = tree_leaves(facts[node].value)
             leaf = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim())
             result.source = (node, leaf)
-        if node.op == "output" or _is_dependent(node, facts, result):
+        if node.op == "output" or node in opaque or _is_dependent(node, facts, result):
             _check(node, facts[node], result, facts)
             result.dependent.add(node)
             for source in node.all_input_nodes:
@@ -72,6 +78,22 @@ def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
     if result.source is None:
         raise LayoutError("No input has a batch dimension: unbatched=(...) names them all.")
     result.batch_dims = _output_batch_dims(facts[next(iter(reversed(graph.nodes)))])
+    return result
+
+
+def plan_part(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
+    """The same for a part of an opaque module, whose inputs are those of all members already.
+
+    Raises:
+        LayoutError: A tensor loses its batch dimension.
+    """
+    result = Plan({mask.node: mask for mask in masks})
+    for node in graph.nodes:
+        if node.op == "output" or facts[node].varies:
+            result.dependent.add(node)
+        if _is_dependent(node, facts, result):
+            _check(node, facts[node], result, facts)
+            result.dependent.add(node)
     return result
 
 
@@ -180,11 +202,10 @@ def rewrite(graph: fx.Graph, plan: Plan, names: Mapping[str, str]) -> dict[str, 
         The repeat modules to add, by name.
     """
     originals = list(graph.nodes)
-    placeholders = [node for node in originals if node.op == "placeholder"]
     assert plan.source is not None
-    with graph.inserting_after(placeholders[-1]):
+    with graph.inserting_after(_last_placeholder(graph)):
         members = graph.call_module(names["members"], (plan.source[0],))
-    masked = {node: _insert_mask(graph, mask, members, node not in plan.dependent) for node, mask in plan.masks.items()}
+    masked = {mask.node: _insert_mask(graph, mask, members, plan) for mask in plan.masks.values()}
     modules: dict[str, nn.Module] = {}
     ready: dict[fx.Node, fx.Node] = {}
     for node in originals:
@@ -196,14 +217,7 @@ def rewrite(graph: fx.Graph, plan: Plan, names: Mapping[str, str]) -> dict[str, 
         elif node in plan.remade:
             with graph.inserting_after(node):
                 ready[node] = graph.node_copy(node, lambda source: ready.get(source, source))
-    for node in originals:
-        if node in plan.dependent:
-            for source in node.all_input_nodes:
-                mask = plan.masks.get(source)
-                if mask and (not mask.readers or node in mask.readers) and node is not masked[source]:
-                    node.replace_input_with(source, masked[source])
-                elif source in ready and source not in plan.dependent:
-                    node.replace_input_with(source, ready[source])
+    _connect(originals, plan, masked, ready)
     for node in plan.remade:
         if not node.users:
             graph.erase_node(node)
@@ -214,7 +228,42 @@ def rewrite(graph: fx.Graph, plan: Plan, names: Mapping[str, str]) -> dict[str, 
     return modules
 
 
-def _insert_mask(graph: fx.Graph, mask: Mask, members: fx.Node, shared: bool) -> fx.Node:
+def rewrite_part(graph: fx.Graph, plan: Plan, follow: str) -> None:
+    """Insert masks into the graph of a part, in place.
+
+    Args:
+        graph: The graph that was planned.
+        plan: What to do.
+        follow: Name of the module that tells the decision of the root node.
+    """
+    originals = list(graph.nodes)
+    with graph.inserting_after(_last_placeholder(graph)):
+        members = graph.call_module(follow, ())
+    masked = {mask.node: _insert_mask(graph, mask, members, plan) for mask in plan.masks.values()}
+    _connect(originals, plan, masked, {})
+    graph.lint()
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
+def _connect(
+    nodes: Sequence[fx.Node], plan: Plan, masked: Mapping[fx.Node, fx.Node], ready: Mapping[fx.Node, fx.Node]
+) -> None:
+    """Let what differs between members read the masked and the repeated values."""
+    for node in nodes:
+        if node in plan.dependent:
+            for source in node.all_input_nodes:
+                mask = plan.masks.get(source)
+                if mask and (not mask.readers or node in mask.readers) and node is not masked[source]:
+                    node.replace_input_with(source, masked[source])
+                elif source in ready and source not in plan.dependent:
+                    node.replace_input_with(source, ready[source])
+
+
+def _insert_mask(graph: fx.Graph, mask: Mask, members: fx.Node, plan: Plan) -> fx.Node:
+    shared = mask.node not in plan.dependent
     with graph.inserting_after(members if mask.node.op == "placeholder" else mask.node):
         return graph.call_module(mask.name, (mask.node, members), {"expand": True} if shared else {})
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from masksurgery.axes import Axis, Call, Dims, anonymous, broadcast, derived, get_dims, merge, reshape
 
 Kind = str
-"""pointwise, mul, gate, softmax, norm, move, pool, mix, product, make, unknown"""
+"""pointwise, mul, gate, softmax, norm, move, pool, mix, product, make, unknown; and sum, noted beside pointwise where a
+module that has mixed channels adds two branches"""
 
 Rule = Callable[[Call], Sequence[Dims]]
 
@@ -226,6 +227,13 @@ def im2col(call: Call) -> Sequence[Dims]:
     return [(batch, *columns) if x.dim() == 4 else columns]
 
 
+def unshuffle(call: Call) -> Sequence[Dims]:
+    """Blocks of pixels become channels, those of one channel together."""
+    dims, out = get_dims(call.first()), call.outputs[0]
+    channels = (*dims[-3], *anonymous(out.shape[-3] // call.first().shape[-3]))
+    return [(*dims[:-3], channels, anonymous(out.shape[-2]), anonymous(out.shape[-1]))]
+
+
 def make(call: Call) -> Sequence[Dims]:
     return [tuple(map(anonymous, out.shape)) for out in call.outputs]
 
@@ -292,6 +300,7 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("move", im2col, "im2col"),
         ("move", col2im, "col2im"),
         ("move", restride, "as_strided"),
+        ("move", unshuffle, "pixel_unshuffle"),
         ("move", keep_batch, "pixel_shuffle channel_shuffle native_channel_shuffle"),
     ]  # fmt: skip
     return {name: (kind, rule) for kind, rule, names in families for name in names.split()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 from torch import fx, nn
 
 from masksurgery.axes import Axis
-from masksurgery.candidates import Candidate, rank_of, select_candidates
+from masksurgery.candidates import Candidate, select_candidates
 from masksurgery.flow import Flow
+from masksurgery.kinds import is_layer, rank_of
 from masksurgery.layout import layout_of
-from masksurgery.tracing import Traces, is_layer
+from masksurgery.regions import Region
+from masksurgery.tracing import Traces
 from masksurgery.types import ConvertConfig, Layout, LayoutError, Site, SiteError, Skipped
+
+NOT_OUTPUT = 'not an output layer (where="head" masks only what those read)'
 
 
 @dataclass(frozen=True)
@@ -26,27 +30,36 @@ class Selection:
     skipped: tuple[Skipped, ...]
 
 
-def find_sites(traces: Traces, flow: Flow, config: ConvertConfig) -> Selection:
-    """Choose the sites in the eval graph by the rule that the README states.
+def find_sites(region: Region, config: ConvertConfig) -> Selection:
+    """Choose the sites in the eval graphs by the rule that the README states.
 
+    Args:
+        region: Of the model itself, with the regions in it.
+        config: What is to be masked.
     Raises:
         SiteError: Nothing is selected; a layer that `include` names in full cannot be masked.
     """
-    candidates, left_out = select_candidates(traces, config)
+    candidates, left_out = select_candidates(region, config)
     find = _find_head if config.where == "head" else _find_all
-    sites, skipped = find(flow, candidates)
+    sites, skipped = find(Flow(region), candidates)
+    skipped += left_out
     if not sites:
         reasons = "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:5])
         raise SiteError(
             f"No layer can be masked. {reasons}. A layer that include=[...] names in full is masked all the same."
         )
-    taken = _names_in_use(traces.module)
-    named = []
+    return Selection(tuple(_named(region, sites)), tuple(skipped))
+
+
+def _named(region: Region, sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites with names for their masks, which are children of the module whose graph they stand in."""
+    taken = {part.name: _names_in_use(part.traces.module) for part in region.walk()}
     for site in sites:
-        name = site.layer.replace(".", "_") + "_mask" + (f"_{site.call}" if site.call else "")
+        layer = site.layer.removeprefix(f"{site.part}.") if site.part else site.layer
+        name = layer.replace(".", "_") + "_mask" + (f"_{site.call}" if site.call else "")
         name = f"_{name}" if name[0].isdigit() else name  # children of a Sequential are called 0, 1 ...
-        named.append(replace(site, mask=unused_name(name, taken)))
-    return Selection(tuple(named), (*skipped, *left_out))
+        name = unused_name(name, taken[site.part])
+        yield replace(site, mask=f"{site.part}.{name}" if site.part else name)
 
 
 def _names_in_use(root: nn.Module) -> set[str]:
@@ -72,17 +85,22 @@ def _find_all(flow: Flow, candidates: list[Candidate]) -> tuple[list[Site], list
     masked: dict[Axis, str] = {}
     in_chain: dict[fx.Node, str] = {}
     by_node = {candidate.node: candidate for candidate in candidates}
-    for candidate in candidates:
-        if candidate.node in in_chain and not candidate.forced:
+    for here, node in flow.walk(masked):
+        candidate = by_node.get(node)
+        if candidate is None or (node in in_chain and not candidate.forced):
             continue
-        chain = flow.chain(candidate.node) if is_layer(candidate.module) else [candidate.node]
-        site, region, reason = _judge(flow, candidate, chain[-1], masked)
+        if here.region.is_layer and not candidate.forced:
+            reason = f"opaque: {here.region.caller}, which cannot be traced, calls it itself: what follows is not known"
+            skipped.append(Skipped(candidate.layer, reason))
+            continue
+        chain = here.chain(node) if is_layer(candidate.module) else [node]
+        site, region, reason = _judge(here, candidate, chain[-1], masked)
         if site is None:
             skipped.append(Skipped(candidate.layer, reason))
             continue
-        others = [node for node in chain[1:] if node in by_node and is_layer(by_node[node].module)]
+        others = [other for other in chain[1:] if other in by_node and is_layer(by_node[other].module)]
         in_chain.update(dict.fromkeys(chain[1:], candidate.layer))
-        sites.append(replace(site, chain=tuple(by_node[node].layer for node in others)))
+        sites.append(replace(site, chain=tuple(by_node[other].layer for other in others)))
         masked.update(dict.fromkeys(region, candidate.layer))
     return sites, skipped
 
@@ -106,7 +124,10 @@ def _judge(
         first = fate.reason if fate.reason and not fate.reason.startswith("masked") else None
         return None, region, str(first or gated or fate.reason)
     (channel_dim,) = [d for d, dim in enumerate(flow.facts[end].dims[0]) if dim == (axis,)]
-    site = Site(candidate.layer, candidate.call, end.name, "", axis.size, 0, layout.batch_dim, channel_dim, layout.fold)
+    site = Site(
+        candidate.layer, candidate.call, end.name, "", axis.size, 0, layout.batch_dim, channel_dim, layout.fold,
+        part=flow.region.name,
+    )  # fmt: skip
     return site, fate.region, ""
 
 
@@ -132,29 +153,38 @@ def _layout(flow: Flow, node: fx.Node, layer: str) -> tuple[Layout | None, str |
 def _find_head(flow: Flow, candidates: list[Candidate]) -> tuple[list[Site], list[Skipped]]:
     sites: dict[fx.Node, Site] = {}
     skipped: list[Skipped] = []
-    for candidate in candidates:
-        node, axis = flow.chain(candidate.node)[-1], flow.channel_axis(candidate.node)
-        end_axis = flow.channel_axis(node)
-        reason = flow.fate(node, end_axis, {}).reason if end_axis is not None else None
-        single_output = axis is None and any(reader.op == "output" for reader in _downstream(flow, candidate.node))
-        if not single_output and not (reason or "").startswith("output"):
-            skipped.append(Skipped(candidate.layer, 'not an output layer (where="head" masks only what those read)'))
+    by_node = {candidate.node: candidate for candidate in candidates}
+    for here, node in flow.walk({}):
+        candidate = by_node.get(node)
+        if candidate is None:
             continue
-        source = _input_of(flow, candidate.node)
+        if not _is_output_layer(here, node):
+            skipped.append(Skipped(candidate.layer, NOT_OUTPUT))
+            continue
+        source = _input_of(here, node)
         if source in sites:
             known = sites[source]
             sites[source] = replace(
                 known,
                 chain=(*known.chain, candidate.layer),
-                readers=(*known.readers, *_path(flow, source, candidate.node)),
+                readers=(*known.readers, *_path(here, source, node)),
             )
             continue
-        site, reason = _before(flow, candidate, source)
+        site, reason = _before(here, candidate, source)
         if site is None:
             skipped.append(Skipped(candidate.layer, str(reason)))
         else:
             sites[source] = site
     return list(sites.values()), skipped
+
+
+def _is_output_layer(flow: Flow, layer: fx.Node) -> bool:
+    if flow.channel_axis(layer) is None:
+        return any(reader.op == "output" for reader in _downstream(flow, layer))
+    end = flow.chain(layer)[-1]
+    axis = flow.channel_axis(end)
+    reason = flow.fate(end, axis, {}).reason if axis is not None else None
+    return (reason or "").startswith("output")
 
 
 def _downstream(flow: Flow, node: fx.Node) -> list[fx.Node]:
@@ -195,7 +225,7 @@ def _before(flow: Flow, candidate: Candidate, source: fx.Node) -> tuple[Site | N
     channel_dim = len(shape) - rank_of(candidate.module)
     readers = _path(flow, source, candidate.node)
     where = shape[channel_dim], 0, layout.batch_dim, channel_dim, layout.fold
-    return Site(candidate.layer, candidate.call, source.name, "", *where, readers=readers), None
+    return Site(candidate.layer, candidate.call, source.name, "", *where, readers=readers, part=flow.region.name), None
 
 
 # --- the same sites in the training graph ----------------------------------------------------------------------------

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from types import CodeType
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.branches import Evaluator, Value, assigned, common, reads_sizes, same_branch
-from masksurgery.layout import Example
+from masksurgery.copying import share_tensors
+from masksurgery.example import Example
+from masksurgery.inputs import replace_inputs
+from masksurgery.kinds import compiled_module, holds_layer, is_layer, is_norm, reads_training
+from masksurgery.opaque import Opaque
 from masksurgery.types import TraceError
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd,)
-LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
 # They make a tensor of sizes and take no tensor, so that older torch.fx does not notice a size that is a Proxy.
 FACTORIES = (
     torch.arange,
@@ -42,121 +33,61 @@ FACTORIES = (
     torch.zeros,
 )
 
+EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
+
 
 @dataclass(frozen=True)
 class Traces:
     """The graphs of one model; `train` is `eval` itself where the modes do not differ.
 
-    `module` is what was traced: its parameters, buffers and submodules are those the graphs name.
+    `module` is what was traced: its parameters, buffers and submodules are those the graphs name. `opaque` names the
+    modules with layers that torch.fx could not follow, each with the cause: the graphs call them as they are.
     """
 
     module: nn.Module
     eval: fx.Graph
     train: fx.Graph
     notes: tuple[str, ...] = ()
-
-
-def is_layer(module: nn.Module) -> bool:
-    """A convolution (transposed too) or Linear, subclasses included."""
-    return isinstance(module, LAYERS)
-
-
-def bind_inputs(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
-    """Match example inputs, positional or by keyword, with the signature of the model's forward.
-
-    Raises:
-        TraceError: They do not fit.
-    """
-    if isinstance(example_inputs, Mapping):
-        return bind(model, (), example_inputs)
-    return bind(model, example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
-
-
-def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-    """Match args and kwargs with the signature of the model's forward; a TraceError if they do not fit."""
-    signature = inspect.signature(model.forward)
-    example_inputs = args or kwargs
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TraceError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(bound.arguments))):
-        raise TraceError(f"example_inputs={example_inputs!r} hold no tensor. Pass a tuple of args or a dict of kwargs.")
-    return bound
-
-
-def placeholder_values(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Example values by the name of the placeholder that the trace gives them; no entry for constants."""
-    values = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            parts = {f"{name}_{i}": part for i, part in enumerate(value)}
-        else:
-            parts = value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-        values.update({key: part for key, part in parts.items() if _holds_tensor(part)})
-    return values
-
-
-def describe_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The inputs as JSON: {"args": [...], "kwargs": {...}}, a tensor as {"shape": [...], "dtype": "float32"}."""
-
-    def describe(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
-        return leaf
-
-    return {"args": tree_map(describe, list(bound.args)), "kwargs": tree_map(describe, dict(bound.kwargs))}
-
-
-def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[list[Any], dict[str, Any]]:
-    """Args and kwargs, all zeros, of a description."""
-
-    def make(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            if set(value) == {"shape", "dtype"}:
-                return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
-            return {key: make(part) for key, part in value.items()}
-        return [make(part) for part in value] if isinstance(value, list) else value
-
-    return make(list(description["args"])), make(dict(description["kwargs"]))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    opaque: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracer(fx.Tracer):
-    """Traces a module whose inputs are exactly `bound`: a placeholder for each tensor, everything else a constant.
+    """Traces a module whose inputs are exactly those of `example`: everything else is a constant.
 
-    Leaves are, in this order, instances of `leaf_types` and of LAYERS, torch.nn's own modules, and, if they hold no
-    layer: what timm says cannot be traced, norms, and modules that read `self.training`. What timm says cannot be
-    traced is entered if it holds a layer; where that fails, `failed` is its type.
+    Leaves are, in this order, the modules in `opaque`, instances of `leaf_types` and of LAYERS, torch.nn's own modules,
+    and, if they hold no layer: what timm says cannot be traced, layers of einops, norms, and modules that read
+    `self.training`. Where a trace fails, `failed` is the innermost module that it was in, or None in the root's own
+    forward.
     """
 
     proxy_buffer_attributes = True  # else buffers are baked into constants, which a later load_state_dict misses
 
     def __init__(
-        self, root: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...] = ()
+        self, root: nn.Module, example: Example, leaf_types: tuple[type, ...] = (), opaque: Collection[nn.Module] = ()
     ) -> None:
         modules, functions = _timm_leaves()
-        super().__init__(autowrap_functions=(*functions, *_einops_functions(), *FACTORIES))
-        self._autowrap_search.append(torch)
-        self.bound = bound
+        layers, operations = _einops_leaves()
+        super().__init__(autowrap_functions=(*functions, *operations, *FACTORIES))
+        self._autowrap_search += [torch, *_loaded("einops")]
+        self.example = example
         self.leaf_types = leaf_types
-        self.untraceable = modules
-        self.failed: type | None = None
+        self.opaque = opaque
+        self.untraceable = (*modules, *layers)
+        self.failed: nn.Module | None = None
         self._make_evaluator = lambda: Evaluator(root, example)
         self._evaluator: Evaluator | None = None
         self._asked: list[fx.Node] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, self.leaf_types) or is_layer(m) or super().is_leaf_module(m, module_qualified_name):
+        if (
+            m in self.opaque
+            or isinstance(m, self.leaf_types)
+            or is_layer(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        ):
             return True
         if any(is_layer(child) or isinstance(child, self.leaf_types) for child in m.modules()):
             return False
-        if type(m).__module__.startswith("einops."):  # Rearrange and its kind
-            return True
         return isinstance(m, self.untraceable) or is_norm(m) or reads_training(m)
 
     def call_module(
@@ -164,11 +95,14 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if self._computes() or m not in (self.submodule_paths or ()):  # the forward makes it: nn.ReLU()(x)
             return forward(*args, **kwargs)
+        original = compiled_module(m)
+        if original is not None:
+            return original(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            if self.failed is None and isinstance(m, self.untraceable):
-                self.failed = type(m)
+            if self.failed is None:
+                self.failed = m
             raise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -259,19 +193,9 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        def proxy(name: str, value: Any) -> Any:
-            return self.create_proxy("placeholder", name, (), {}) if _holds_tensor(value) else value
-
-        arguments: dict[str, Any] = {}
-        for name, value in self.bound.arguments.items():
-            kind = self.bound.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                arguments[name] = tuple(proxy(f"{name}_{i}", part) for i, part in enumerate(value))
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                arguments[name] = {key: proxy(key, part) for key, part in value.items()}
-            else:
-                arguments[name] = proxy(name, value)
-        call = inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+        call = replace_inputs(
+            self.example.bound, lambda name, _: self.create_proxy("placeholder", name, (), {}), self.example.integers
+        )
 
         def forward(root: nn.Module) -> Any:
             return root_fn(root, *call.args, **call.kwargs)
@@ -285,80 +209,94 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
-def _einops_functions() -> tuple[Callable[..., Any], ...]:
-    """They ask for the type of a tensor, which a Proxy does not have."""
-    einops = sys.modules.get("einops")
-    return (einops.rearrange, einops.reduce, einops.repeat, einops.einsum) if einops else ()
+def _einops_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    """The layers and functions of einops, which look at the type and the shape of what they get."""
+    modules = tuple(kind for layers in _loaded("einops.layers.torch") for kind in (layers.Rearrange, layers.Reduce))
+    return modules, tuple(f for einops in _loaded("einops") for name, f in vars(einops).items() if name in EINOPS)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """A normalisation: torch.nn's, a subclass, or a module that is called one (RMSNorm, EvoNorm2dB0 ...)."""
-    return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
+def _loaded(name: str) -> list[Any]:
+    """A package, if it has been imported: what has not is in no model."""
+    return [sys.modules[name]] if name in sys.modules else []
 
 
-def reads_training(module: nn.Module) -> bool:
-    """Its forward looks at `training`."""
-
-    def names(code: CodeType) -> set[str]:
-        inner = [names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-        return set(code.co_names).union(*inner)
-
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in names(code)
-
-
-def trace(
-    model: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...] = ()
-) -> Traces:
+def trace(model: nn.Module, example: Example, leaf_types: tuple[type, ...] = ()) -> Traces:
     """Trace a model in eval and in training mode.
+
+    What torch.fx cannot follow is not entered: such a module, or if need be the model itself, is one opaque call.
 
     Args:
         model: Constants of the trace become its non-persistent buffers. Pass a copy.
-        bound: The inputs of one forward.
-        example: The same at two batch sizes.
+        example: What one forward takes.
         leaf_types: Modules of these types are not entered.
-    Raises:
-        TraceError: torch.fx cannot follow the model.
     """
-    traced = _twin(model)  # a forward that keeps what it computes keeps proxies here, and not in the model
+    traced = share_tensors(model)  # a forward that keeps what it computes keeps proxies here, and not in the model
+    causes: dict[nn.Module, str] = {}
     with torch.random.fork_rng(devices=[]):
-        graphs = {}
-        for mode in (False, True):
-            traced.train(mode)
-            graphs[mode] = _trace(traced, bound, example, leaf_types)
-    notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[False])]
-    if same_graph(graphs[False], graphs[True], traced):
-        graphs[True] = graphs[False]
-    used = {node.target for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
+        graphs = _trace_both(traced, example, leaf_types, causes)
+    used = {node.target for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     for name in used & (set(vars(traced)) - set(vars(model))):
         model.register_buffer(name, vars(traced)[name], persistent=False)
-    return Traces(model, graphs[False], graphs[True], tuple(notes))
+    if not graphs:
+        return _opaque_traces(model, example, causes[traced])
+    notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[0])]
+    compiled = [name for name, module in model.named_modules() if compiled_module(module) is not None]
+    notes += [f"'{name}' is not compiled any more: compile the converted model" for name in compiled]
+    if same_graph(graphs[0], graphs[1], traced):
+        graphs[1] = graphs[0]
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    named = [(name, module) for name, module in traced.named_modules() if name in called and module in causes]
+    opaque = {name: causes[module] for name, module in named if holds_layer(module)}
+    return Traces(model, graphs[0], graphs[1], tuple(notes), opaque)
 
 
-def _trace(model: nn.Module, bound: inspect.BoundArguments, example: Example, leaf_types: tuple[type, ...]) -> fx.Graph:
-    tracer = Tracer(model, bound, example, leaf_types)  # outside of the try: it imports timm
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
-        if tracer.failed is not None:
-            return _trace(model, bound, example, (*leaf_types, tracer.failed))
-        mode = "training" if model.training else "eval"
-        cause = str(error).strip().partition("\n")[0].rstrip(".")
-        raise TraceError(
-            f"torch.fx cannot trace {type(model).__name__} in {mode} mode: {type(error).__name__}: {cause}. "
-            f"Control flow on the values of tensors cannot be followed: convert the part without it, or rewrite it."
-        ) from error
+def _trace_both(
+    model: nn.Module, example: Example, leaf_types: tuple[type, ...], causes: dict[nn.Module, str]
+) -> list[fx.Graph]:
+    """The graphs of eval and of training; none if the model's own forward cannot be followed.
+
+    Args:
+        causes: Filled with the modules that are not entered, and why.
+    """
+    graphs: list[fx.Graph] = []
+    while len(graphs) < 2:
+        model.train(len(graphs) == 1)
+        tracer = Tracer(model, example, leaf_types, causes)
+        try:
+            graphs.append(_trace(tracer, model))
+        except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
+            failed = tracer.failed if tracer.failed is not None and tracer.failed not in causes else model
+            cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
+            causes.update(dict.fromkeys(_alike(model, failed), cause))
+            graphs = []
+            if failed is model:
+                break
+    return graphs
+
+
+def _alike(model: nn.Module, failed: nn.Module) -> list[nn.Module]:
+    """Modules that fail for the same reason: those of the same class, unless that is a container of torch.nn."""
+    own = not type(failed).__module__.startswith("torch.nn")
+    return [m for m in model.modules() if m is failed or (own and type(m) is type(failed))]
+
+
+def _opaque_traces(model: nn.Module, example: Example, cause: str) -> Traces:
+    """The model as one call, in a module that has its children, parameters and buffers under the same names."""
+    root, name = Opaque.around(model)
+    graph = fx.Graph()
+    call = replace_inputs(example.bound, lambda placeholder, _: graph.placeholder(placeholder), example.integers)
+    graph.output(graph.call_module(name, call.args, call.kwargs))
+    graph.lint()
+    return Traces(root, graph, graph, (), {name: cause})
+
+
+def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    graph = tracer.trace(model)
     tracer.erase_asked()
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # else the generated code wraps the function for every later trace as well
     graph.lint()
     return graph
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy with the same tensors."""
-    tensors = [x for module in model.modules() for x in tree_leaves(list(vars(module).values()))]
-    return copy.deepcopy(model, {id(x): x for x in tensors if isinstance(x, Tensor)})
 
 
 def _hooked_containers(model: nn.Module, graph: fx.Graph) -> list[str]:

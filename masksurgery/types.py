@@ -81,6 +81,7 @@ class Site:
         fold: Rows of one sample in the batch dimension.
         chain: Further candidate layers that the same mask serves (depthwise convolutions).
         readers: Nodes that read the masked tensor; empty for all of them.
+        part: Name of the module whose own graph holds the node, inside of one that cannot be traced; else empty.
     """
 
     layer: str
@@ -94,6 +95,7 @@ class Site:
     fold: int = 1
     chain: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
+    part: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from masksurgery.copying import copy_module
+from masksurgery.inputs import bind
+from masksurgery.kinds import compiled_module
 from masksurgery.model import ConvertedModel
 from masksurgery.oracle import Oracle
 from masksurgery.prediction import Prediction, RegressionPrediction
-from masksurgery.tracing import bind
 from masksurgery.types import ConfigError, VerificationError
 
 
@@ -142,9 +144,13 @@ def _switch_off_dropout(module: nn.Module) -> None:
 
 
 def _frozen_copy(base: nn.Module) -> nn.Module:
-    duplicate = copy.deepcopy(base)
+    duplicate = copy_module(base)
     for parameter in duplicate.parameters():
         parameter.requires_grad_(False)
+    for module in duplicate.modules():
+        original = compiled_module(module)
+        if original is not None:  # compiled code would not see the hooks
+            vars(module)["forward"] = original
     return duplicate
 
 

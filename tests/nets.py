@@ -12,6 +12,7 @@ import nets_conv  # noqa: F401
 import nets_ends  # noqa: F401
 import nets_gates  # noqa: F401
 import nets_libraries  # noqa: F401
+import nets_strange  # noqa: F401
 import nets_tokens  # noqa: F401
 from nets_base import NETS, REFUSED, Net, RefusedNet, randomise
 

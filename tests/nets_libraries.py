@@ -7,15 +7,12 @@ from collections import OrderedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from nets_base import hazard, refused, shaped
 from nets_conv import Classifier, conv3
 
 IMAGE = shaped((3, 8, 8))
-TOKENS = shaped((6, 5))
 VECTOR = shaped((5,))
 OUTPUT = {"head": "output"}
 
@@ -100,19 +97,6 @@ class NumpyOfSizes(nn.Module):
             raise ValueError("odd")
         more = int(np.ceil(x.shape[-1] / 3)) * 3 - x.shape[-1]
         return self.head(F.pad(F.relu(self.conv(x)), (0, more)) / torch.sqrt(torch.tensor(x.shape[1])))
-
-
-@hazard("einops", IMAGE, "conv->conv fc->fn:gelu", skipped=OUTPUT, dims={"fc": (0, 2)})
-class Einops(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.tokens = nn.Conv2d(3, 8, 2, 2), Rearrange("b c h w -> b (h w) c")
-        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens(self.conv(x))
-        x = rearrange(F.gelu(self.fc(x)), "b (h w) c -> b c h w", h=4)
-        return self.head(x.mean((2, 3)))
 
 
 # It must not keep the proxies of a trace, which no copy and no pickle of the converted model could take along.

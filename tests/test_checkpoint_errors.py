@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -71,6 +72,11 @@ def paths(kind: Any, where: tuple[str | int, ...] = ()) -> list[tuple[str | int,
 
 
 FIELDS = paths(Record)
+# Of lists that are empty in the saved model.
+ENTRIES = {
+    "skipped": {"layer": "x", "reason": "y"},
+    "parts": {"name": "x", "first": {"args": [], "kwargs": {}}, "second": {}, "axes": {}},
+}
 
 
 def hint_of(path: tuple[str | int, ...]) -> Any:
@@ -110,7 +116,7 @@ def test_every_field_has_a_type(path: tuple[str | int, ...], folder: Path) -> No
             config["after"] = ["torch.nn.modules.conv.Conv2d"]
             for step in path[:-1]:
                 if config[step] == []:  # a list without an entry so far
-                    config[step] = [{"layer": "x", "reason": "y"} if step == "skipped" else "x"]
+                    config[step] = [copy.deepcopy(ENTRIES.get(step, "x"))]
                 config = config[step]
             if isinstance(path[-1], int) and not config:
                 config.append(None)
@@ -123,12 +129,12 @@ def test_every_field_has_a_type(path: tuple[str | int, ...], folder: Path) -> No
 @pytest.mark.parametrize("path", [path for path in FIELDS if isinstance(path[-1], str)], ids=name_of)
 def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path) -> None:
     def parent(config: Any) -> Any:
-        config["skipped"] = [{"layer": "x", "reason": "y"}]
+        config.update({key: [copy.deepcopy(entry)] for key, entry in ENTRIES.items()})
         for step in path[:-1]:
             config = config[step]
         return config
 
-    optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers"}
+    optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers", "part", "parts"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:
         fails(folder, CONFIG, f"'{re.escape(name_of(path))}' is missing")

@@ -11,8 +11,9 @@ import timm
 import torch
 
 import masksurgery
-from masksurgery.layout import Example
-from masksurgery.tracing import Tracer, bind_inputs, placeholder_values
+from masksurgery.example import Example
+from masksurgery.inputs import bind_inputs
+from masksurgery.tracing import Tracer
 from oracles import FOUR, by_member, flips_found, images, input_repeat, small
 
 four = pytest.mark.parametrize("name", FOUR)
@@ -154,8 +155,8 @@ def test_converting_is_quick(name: str) -> None:
             times.append(time.process_time() - start)
         return min(times)
 
-    example = Example.of(placeholder_values(bound))
-    bare = seconds(lambda: Tracer(base, bound, example).trace(copy.deepcopy(base)))
+    example = Example.of(bound)
+    bare = seconds(lambda: Tracer(base, example).trace(copy.deepcopy(base)))
     assert seconds(lambda: masksurgery.convert(base)) <= 3 * bare + 1
 
 

@@ -119,7 +119,8 @@ def test_scale_one_is_the_base_model(net: Net) -> None:
     base, inputs = make(net)
     model = convert(net, base, inputs, scale=1.0)
     outputs = [x for x in tree_leaves(base(*inputs)) if isinstance(x, Tensor)]
-    for members, x, d in zip(members_of(model, inputs), outputs, model.head_module.batch_dims, strict=True):
+    dims = [d for d in model.head_module.batch_dims if d is not None]
+    for members, x, d in zip(members_of(model, inputs), outputs, dims, strict=True):
         for i in range(4):
             assert_near(members[:, i], x.detach().movedim(d, 0))
 

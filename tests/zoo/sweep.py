@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import masksurgery
+from masksurgery.kinds import is_layer
 from masksurgery.prediction import Prediction, RegressionPrediction
-from masksurgery.tracing import is_layer
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 DETECTION = "detection: takes and returns lists; convert model.backbone"

@@ -1,0 +1,104 @@
+"""The inputs of a forward: matched with its signature, described as JSON, and made again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from masksurgery.types import TraceError
+
+
+def bind_inputs(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
+    """Match example inputs, positional or by keyword, with the signature of the model's forward.
+
+    Raises:
+        TraceError: They do not fit.
+    """
+    if isinstance(example_inputs, Mapping):
+        return bind(model, (), example_inputs)
+    return bind(model, example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
+
+
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Match args and kwargs with the signature of the model's forward; a TraceError if they do not fit."""
+    signature = inspect.signature(model.forward)
+    example_inputs = args or kwargs
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TraceError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}.") from error
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(bound.arguments))):
+        raise TraceError(f"example_inputs={example_inputs!r} hold no tensor. Pass a tuple of args or a dict of kwargs.")
+    return bound
+
+
+def replace_inputs(
+    bound: inspect.BoundArguments, replace: Callable[[str, Any], Any], integers: bool = False
+) -> inspect.BoundArguments:
+    """The same call with whatever is an input replaced; everything else is a constant of the trace.
+
+    Args:
+        bound: The arguments of one forward.
+        replace: Called with the name of the placeholder and the example value.
+        integers: Integers are inputs too, not only what holds a tensor.
+    """
+
+    def part(name: str, value: Any) -> Any:
+        return replace(name, value) if any(_is_input(leaf, integers) for leaf in tree_leaves(value)) else value
+
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = tuple(part(f"{name}_{i}", x) for i, x in enumerate(value))
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            arguments[name] = {key: part(key, x) for key, x in value.items()}
+        else:
+            arguments[name] = part(name, value)
+    return inspect.BoundArguments(bound.signature, arguments)  # type: ignore[arg-type]
+
+
+def _is_input(leaf: Any, integers: bool) -> bool:
+    return isinstance(leaf, Tensor) or (integers and isinstance(leaf, int) and not isinstance(leaf, bool))
+
+
+def placeholder_values(bound: inspect.BoundArguments, integers: bool = False) -> dict[str, Any]:
+    """Example values by the name of the placeholder that the trace gives them; no entry for constants."""
+    values: dict[str, Any] = {}
+    replace_inputs(bound, values.__setitem__, integers)
+    return values
+
+
+def describe_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The inputs as JSON: {"args": [...], "kwargs": {...}}, a tensor as {"shape": [...], "dtype": "float32"}."""
+
+    return {"args": describe(list(bound.args)), "kwargs": describe(dict(bound.kwargs))}
+
+
+def describe(value: Any) -> Any:
+    """A tree of inputs as JSON, a tensor as {"shape": [...], "dtype": "float32"}."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+        return leaf
+
+    return tree_map(of_leaf, value)
+
+
+def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+    """Args and kwargs, all zeros, of a description."""
+
+    def make(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if set(value) == {"shape", "dtype"}:
+                return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
+            return {key: make(part) for key, part in value.items()}
+        return [make(part) for part in value] if isinstance(value, list) else value
+
+    return make(list(description["args"])), make(dict(description["kwargs"]))
