@@ -308,8 +308,9 @@ def _check_sites(draft: Draft, sites: tuple[Site, ...], path: Path) -> None:
                 f"{path}: 'sites[{i}].channel_dim' is {site.channel_dim} with {site.channels} channels, but "
                 f"'{site.node}' is {shape}. {AGAIN}."
             )
-        if (layout.batch_dim, layout.fold) != (site.batch_dim, site.fold):
+        found, recorded = (layout.batch_dim, layout.fold, layout.outer), (site.batch_dim, site.fold, site.outer)
+        if found != recorded:
             raise CheckpointError(
-                f"{path}: 'sites[{i}].batch_dim' and 'fold' are {site.batch_dim} and {site.fold}, but "
-                f"'{site.node}' has {layout.batch_dim} and {layout.fold}. {AGAIN}."
+                f"{path}: 'sites[{i}].batch_dim', 'fold' and 'outer' are {recorded}, but '{site.node}' has {found}. "
+                f"{AGAIN}."
             )

@@ -250,7 +250,7 @@ def _mask_modules(
             continue
         mask = mask_type(region.facts[nodes[site.node]].value.dim())(
             site.channels, config.n, config.scale, channel_dim=site.channel_dim, batch_dim=site.batch_dim,
-            fold=site.fold, rescale=config.rescale, masks=masks[site.mask],
+            fold=site.fold, outer=site.outer, rescale=config.rescale, masks=masks[site.mask],
         )  # fmt: skip
         layer = "" if site.layer == region.name else site.layer.removeprefix(region.qualified(""))
         device = _device_of(region.traces.module.get_submodule(layer))

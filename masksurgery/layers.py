@@ -169,6 +169,7 @@ class _Masksembles(nn.Module):
         channel_dim: int | None = None,
         batch_dim: int = 0,
         fold: int = 1,
+        outer: int = 1,
         rescale: bool = False,
         seed: Seed = None,
         masks: np.ndarray | None = None,
@@ -182,6 +183,7 @@ class _Masksembles(nn.Module):
             channel_dim: Where the channels are; by default the last dimension (1D) or dimension 1 (2D, 3D).
             batch_dim: Where the samples are, counted from 0.
             fold: Rows of one sample, one after another, in the batch dimension.
+            outer: How many times the whole batch stands in the batch dimension.
             rescale: Divide what is kept by the kept share, as dropout does, so that the mean stays.
             seed: For the masks; None draws fresh ones. The global random state is never touched.
             masks: Boolean [n, c] with equally many ones in every row, instead of drawn ones.
@@ -189,8 +191,10 @@ class _Masksembles(nn.Module):
             MaskError: No such masks exist, or `masks` are not of this kind.
         """
         super().__init__()
-        if batch_dim < 0 or fold < 1:
-            raise MaskError(f"batch_dim={batch_dim}, fold={fold}: count dimensions from 0 and rows of a sample from 1.")
+        if batch_dim < 0 or fold < 1 or outer < 1:
+            raise MaskError(
+                f"batch_dim={batch_dim}, fold={fold}, outer={outer}: count dimensions from 0, rows and batches from 1."
+            )
         if masks is None:
             masks = generate_masks(channels, n, scale, seed=seed)
         else:
@@ -199,7 +203,7 @@ class _Masksembles(nn.Module):
             _check_masks(masks, channels, n)
         self.channels, self.n, self.scale = channels, n, scale
         self.channel_dim = self.default_channel_dim if channel_dim is None else channel_dim
-        self.batch_dim, self.fold, self.rescale = batch_dim, fold, rescale
+        self.batch_dim, self.fold, self.outer, self.rescale = batch_dim, fold, outer, rescale
         self.kept = int(masks[0].sum())
         self.register_buffer("masks", torch.from_numpy(masks))
 
@@ -219,21 +223,22 @@ class _Masksembles(nn.Module):
         index = None if members is None else members.index
         if members is None and not expand and samples % self.n:
             index = torch.arange(samples, device=x.device) * self.n // samples
+        if index is not None and len(index) != samples:
+            self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(index)}")
+        if index is None and not expand and samples % self.n:
+            self._fail(x, f"has {samples} samples in dimension {d}, which is no multiple of n={self.n}")
+        if self.outer > 1:  # the batches first, then the rows of one batch
+            x, d, channel_dim = x.unflatten(d, (self.outer, -1)), d + 1, channel_dim + (channel_dim > d)
         if index is not None:
-            if len(index) != samples:
-                self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(index)}")
             weights = weights[index]
             if self.fold > 1:
                 weights = weights.repeat_interleave(self.fold, 0)
-            return x * _broadcast(weights, x.dim(), d, channel_dim)
-        if expand:
-            parts = x.unsqueeze(d)
-        elif samples % self.n:
-            self._fail(x, f"has {samples} samples in dimension {d}, which is no multiple of n={self.n}")
+            out = x * _broadcast(weights, x.dim(), d, channel_dim)
         else:
-            parts = x.unflatten(d, (self.n, x.shape[d] // self.n))
-        later = channel_dim + 1 if channel_dim > d else channel_dim
-        return (parts * _broadcast(weights, x.dim() + 1, d, later)).flatten(d, d + 1)
+            parts = x.unsqueeze(d) if expand else x.unflatten(d, (self.n, x.shape[d] // self.n))
+            later = channel_dim + 1 if channel_dim > d else channel_dim
+            out = (parts * _broadcast(weights, x.dim() + 1, d, later)).flatten(d, d + 1)
+        return out.flatten(d - 1, d) if self.outer > 1 else out
 
     def _find_channels(self, x: Tensor) -> int:
         """The channel dimension of x, counted from 0, once x is found to have the right ones."""
@@ -247,10 +252,11 @@ class _Masksembles(nn.Module):
         return d % rank
 
     def _count_samples(self, x: Tensor) -> int:
-        rows = x.shape[self.batch_dim]
-        if rows % self.fold:
-            self._fail(x, f"has {rows} rows in dimension {self.batch_dim}, which is no multiple of fold={self.fold}")
-        return rows // self.fold
+        rows, of_one = x.shape[self.batch_dim], self.fold * self.outer
+        if rows % of_one:
+            parts = f"fold={self.fold}" + (f" times outer={self.outer}" if self.outer > 1 else "")
+            self._fail(x, f"has {rows} rows in dimension {self.batch_dim}, which is no multiple of {parts}")
+        return rows // of_one
 
     def _fail(self, x: Tensor, seen: str) -> NoReturn:
         raise MaskError(f"{self}: x of shape {tuple(x.shape)} {seen}.")
@@ -263,6 +269,8 @@ class _Masksembles(nn.Module):
             parts.append(f"batch_dim={self.batch_dim}")
         if self.fold > 1:
             parts.append(f"fold={self.fold}")
+        if self.outer > 1:
+            parts.append(f"outer={self.outer}")
         if self.rescale:
             parts.append("rescale=True")
         return ", ".join(parts)

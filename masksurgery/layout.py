@@ -53,6 +53,7 @@ class Facts:
         other: The same at BATCH_SIZES[1], tensors as their shapes.
         dims: The axes of each tensor in `value`, in order.
         data: A tensor in it is computed from the values of the inputs, not from their sizes alone.
+        reads: The nodes whose tensors it reads; type_as and expand_as read the values of one of two.
         kinds: The families of the operators that ran, in order; none for an Identity, or dropout in eval.
         split: Axes of the inputs that were cut up.
         unknown: Operators without a rule.
@@ -65,6 +66,7 @@ class Facts:
     other: Any = None
     dims: list[Dims] = field(default_factory=list)
     data: bool = False
+    reads: frozenset[fx.Node] = frozenset()
     kinds: tuple[str, ...] = ()
     split: frozenset[Axis] = frozenset()
     unknown: tuple[str, ...] = ()
@@ -175,11 +177,13 @@ def _analyse(
         tracker.start()
         with tracker:
             value = call()
+        seen = tracker.seen | {id(x) for x in tensors_in(value)}
+        reads = frozenset(s for s in node.all_input_nodes if any(id(x) in seen for x in tensors_in(facts[s].value)))
         value = _own(value, sources)
         # zeros_like(x) reads no value of x, only its size
-        data = set(tracker.kinds) != {"make"} and any(source.data and source.has_tensor for source in sources)
+        data = set(tracker.kinds) != {"make"} and any(facts[source].data for source in reads)
         other, calls = others[node]
-        facts[node] = fact = Facts(value, other, data=data, calls=_paired(recorder.take(), calls))
+        facts[node] = fact = Facts(value, other, data=data, reads=reads, calls=_paired(recorder.take(), calls))
         if node.op == "placeholder":
             fact.data = True
             for x, known in zip(tensors_in(value), dims[str(node.target)], strict=True):
@@ -337,6 +341,7 @@ class _Tracker(TorchDispatchMode):
         self.kinds: list[str] = []
         self.unknown: list[str] = []
         self.split: set[Axis] = set()
+        self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -345,7 +350,9 @@ class _Tracker(TorchDispatchMode):
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         kind, rule = find_rule(func)
-        before = [get_dims(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = tensors_in((args, kwargs))
+        self.seen.update(map(id, given))
+        before = [get_dims(x) for x in given]
         # What a layer makes of its parameters alone (a normalised weight) tells nothing of its input.
         reads_input = [dims for dims in before if any(axis.sources for dim in dims for axis in dim)]
         out = func(*args, **kwargs)

@@ -100,9 +100,9 @@ class Oracle:
             shape[site.channel_dim] = -1
             if mask.dim() == 1:
                 return x * mask.view(shape)
-            fold = x.shape[site.batch_dim] // len(mask)
+            fold = x.shape[site.batch_dim] // (len(mask) * site.outer)
             moved = x.movedim((site.batch_dim, site.channel_dim), (0, -1))
-            rows = torch.stack([mask[row // fold] for row in range(len(moved))])
+            rows = torch.stack([mask[row // fold % len(mask)] for row in range(len(moved))])
             masked = moved * rows.view(len(moved), *[1] * (moved.dim() - 2), -1)
             return masked.movedim((0, -1), (site.batch_dim, site.channel_dim))
 

@@ -105,9 +105,11 @@ def _is_masked(source: fx.Node, reader: fx.Node, plan: Plan, facts: NodeFacts) -
 
 
 def _is_dependent(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
-    if not any(s in plan.dependent or _is_masked(s, node, plan, facts) for s in node.all_input_nodes):
-        return False
-    return facts[node].has_tensor or facts[node].varies
+    differ = [s for s in node.all_input_nodes if s in plan.dependent or _is_masked(s, node, plan, facts)]
+    fact = facts[node]
+    if fact.has_tensor and not fact.varies and not fact.reads.intersection(differ):
+        return False  # such as scale.type_as(x), which reads no value of x
+    return bool(differ) and (fact.has_tensor or fact.varies)
 
 
 def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:

@@ -17,7 +17,7 @@ from masksurgery.kinds import is_layer, rank_of
 from masksurgery.layout import layout_of
 from masksurgery.regions import Region
 from masksurgery.tracing import Traces
-from masksurgery.types import ConvertConfig, Layout, LayoutError, Site, SiteError, Skipped
+from masksurgery.types import ConvertConfig, Layout, Site, SiteError, Skipped
 
 NOT_OUTPUT = 'not an output layer (where="head" masks only what those read)'
 
@@ -126,7 +126,7 @@ def _judge(
     (channel_dim,) = [d for d, dim in enumerate(flow.facts[end].dims[0]) if dim == (axis,)]
     site = Site(
         candidate.layer, candidate.call, end.name, "", axis.size, 0, layout.batch_dim, channel_dim, layout.fold,
-        part=flow.region.name,
+        part=flow.region.name, outer=layout.outer,
     )  # fmt: skip
     return site, fate.region, ""
 
@@ -138,12 +138,6 @@ def _layout(flow: Flow, node: fx.Node, layer: str) -> tuple[Layout | None, str |
     layout = layout_of(fact.dims[0], node.name)
     if layout.batch_dim is None:
         return None, "no batch: its output has no batch dimension"
-    if layout.outer != 1:
-        raise LayoutError(
-            f"node '{node.name}' after '{layer}' has the whole batch {layout.outer} times in dimension "
-            f"{layout.batch_dim}, instead of the rows of each sample together: it cannot be masked. Pass "
-            f"exclude=['{layer}']."
-        )
     return layout, None
 
 
@@ -223,9 +217,11 @@ def _before(flow: Flow, candidate: Candidate, source: fx.Node) -> tuple[Site | N
         return None, reason
     shape = flow.facts[source].value.shape
     channel_dim = len(shape) - rank_of(candidate.module)
-    readers = _path(flow, source, candidate.node)
-    where = shape[channel_dim], 0, layout.batch_dim, channel_dim, layout.fold
-    return Site(candidate.layer, candidate.call, source.name, "", *where, readers=readers, part=flow.region.name), None
+    site = Site(
+        candidate.layer, candidate.call, source.name, "", shape[channel_dim], 0, layout.batch_dim, channel_dim,
+        layout.fold, readers=_path(flow, source, candidate.node), part=flow.region.name, outer=layout.outer,
+    )  # fmt: skip
+    return site, None
 
 
 # --- the same sites in the training graph ----------------------------------------------------------------------------

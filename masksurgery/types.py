@@ -79,6 +79,7 @@ class Site:
         batch_dim: Dimension of the samples.
         channel_dim: Dimension of the channels.
         fold: Rows of one sample in the batch dimension.
+        outer: How many times the whole batch stands in the batch dimension.
         chain: Further candidate layers that the same mask serves (depthwise convolutions).
         readers: Nodes that read the masked tensor; empty for all of them.
         part: Name of the module whose own graph holds the node, inside of one that cannot be traced; else empty.
@@ -96,6 +97,7 @@ class Site:
     chain: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     part: str = ""
+    outer: int = 1
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Net:
         chained: Depthwise convolution to the layer whose site's chain it belongs to.
         dims: Layer to the (batch_dim, channel_dim) of its site, where they are worth a check.
         folded: Layers whose site has b*k rows, b outermost.
+        outer: Layer to how many times its site has the whole batch, where that is more than once.
         unbatched: Names of the inputs without a batch dimension.
         stochastic: Draws random numbers in training mode.
         modes_differ: The graphs of training and of evaluation are not the same.
@@ -42,6 +43,7 @@ class Net:
     chained: dict[str, str] = field(default_factory=dict)
     dims: dict[str, tuple[int, int]] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
+    outer: dict[str, int] = field(default_factory=dict)
     unbatched: tuple[str, ...] = ()
     class_dim: int = 1
     task: str = "classification"

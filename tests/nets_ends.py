@@ -245,8 +245,8 @@ class MeanOverBatch(nn.Module):
         return self.head((x - x.mean((0, 1))).sum(1))
 
 
-# Tokens outermost: 6*b rows, of which each member would need every b-th.
-@refused("fold_with_batch_inside", TOKENS, node="fc")
+# Tokens outermost: 6*b rows, the whole batch six times, of which each member has b in each.
+@hazard("fold_with_batch_inside", TOKENS, "fc->fn:gelu", skipped={"head": "output"}, outer={"fc": 6})
 class FoldWithBatchInside(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -134,7 +134,7 @@ def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path
             config = config[step]
         return config
 
-    optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers", "part", "parts"}
+    optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers", "part", "parts", "outer"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:
         fails(folder, CONFIG, f"'{re.escape(name_of(path))}' is missing")
@@ -201,8 +201,9 @@ def test_a_value_that_cannot_be(key: str, value: Any, message: str, folder: Path
         ("mask", "bn", r"'bn\.masks' is missing"),
         ("channels", 11, rf"'{MASK}' is bool of the shape \(3, 12\), not bool of the shape \(3, 11\)"),
         ("ones", 5, rf"'{MASK}' keeps \[\d+, \d+, \d+\] channels, not 5"),
-        ("batch_dim", 2, r"'sites\[0\]\.batch_dim' and 'fold' are 2 and 1, but 'mul' has 0 and 1"),
-        ("fold", 4, r"'sites\[0\]\.batch_dim' and 'fold' are 0 and 4"),
+        ("batch_dim", 2, r"'sites\[0\]\.batch_dim', 'fold' and 'outer' are \(2, 1, 1\), but 'mul' has \(0, 1, 1\)"),
+        ("fold", 4, r"'sites\[0\]\.batch_dim', 'fold' and 'outer' are \(0, 4, 1\)"),
+        ("outer", 2, r"'sites\[0\]\.batch_dim', 'fold' and 'outer' are \(0, 1, 2\)"),
         ("channel_dim", 2, r"'sites\[0\]\.channel_dim' is 2 with 12 channels, but 'mul' is"),
         ("channel_dim", 9, r"'sites\[0\]\.channel_dim' is 9"),
     ],

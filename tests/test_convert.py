@@ -204,7 +204,7 @@ def test_record() -> None:
     assert (record["n"], record["scale"], record["seed"]) == (3, 1.7, 5)
     assert record["sites"][0] == {
         "layer": "0", "call": 0, "node": "_2", "mask": "_0_mask", "channels": 8, "ones": 5, "batch_dim": 0,
-        "channel_dim": 1, "fold": 1, "chain": [], "readers": [], "part": "",
+        "channel_dim": 1, "fold": 1, "chain": [], "readers": [], "part": "", "outer": 1,
     }  # fmt: skip
     assert record["skipped"] == [{"layer": "8", "reason": model.surgery.skipped[0].reason}]
     assert any("fine-tune" in note for note in record["notes"])

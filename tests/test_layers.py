@@ -487,8 +487,8 @@ def test_masks_of_the_wrong_kind(masks: np.ndarray, text: str) -> None:
         ((10, 4, math.nan), {}, "scale=nan is not a finite number"),
         ((0, 4, 2.0), {}, "channels=0 is not a number of channels"),
         ((10, 4, 2.0), {"seed": -1}, "seed=-1 is not what"),
-        ((10, 4, 2.0), {"batch_dim": -1}, "batch_dim=-1, fold=1: count dimensions from 0"),
-        ((10, 4, 2.0), {"fold": 0}, "batch_dim=0, fold=0: count"),
+        ((10, 4, 2.0), {"batch_dim": -1}, "batch_dim=-1, fold=1, outer=1: count dimensions from 0"),
+        ((10, 4, 2.0), {"fold": 0}, "batch_dim=0, fold=0, outer=1: count"),
     ],
 )
 def test_arguments_that_no_masks_exist_for(arguments: Any, options: Any, text: str) -> None:
@@ -657,3 +657,19 @@ def test_repeat_targets_matches_the_outputs_of_repeat_training() -> None:
 def test_targets_that_cannot_be_repeated(y: Any, n: int, text: str) -> None:
     with pytest.raises(MaskError, match=text):
         repeat_targets(y, n)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_batch_that_stands_there_several_times(expand: bool) -> None:
+    layer = Masksembles1D(10, 4, 2.0, seed=0, outer=3, fold=2)
+    x = torch.randn(3, 5 if expand else 20, 2, 10)  # batches, samples, rows of a sample, channels
+    rows = layer(x.flatten(0, 2), Assignment(4, None, True), expand=expand).unflatten(0, (3, 4, 5, 2))
+    for i in range(4):
+        samples = x if expand else x[:, 5 * i : 5 * i + 5]
+        assert torch.equal(rows[:, i], samples * layer.masks[i])
+    index = torch.tensor([2, 0, 1, 3, 2])
+    x = torch.randn(3, 5, 2, 10)
+    split = layer(x.flatten(0, 2), Assignment(1, index, False)).view(3, 5, 2, 10)
+    assert torch.equal(split, x * layer.masks[index][:, None])
+    with pytest.raises(MaskError, match="no multiple of fold=2 times outer=3"):
+        layer(torch.ones(20, 10))

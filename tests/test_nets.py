@@ -55,6 +55,7 @@ def test_sites_are_those_worked_out_by_hand(net: Net) -> None:
     dims = {site.layer: (site.batch_dim, site.channel_dim) for site in surgery.sites}
     assert {layer: dims[layer] for layer in net.dims} == net.dims
     assert {site.layer for site in surgery.sites if site.fold > 1} == set(net.folded)
+    assert {site.layer: site.outer for site in surgery.sites if site.outer > 1} == net.outer
 
 
 @nets

@@ -111,9 +111,12 @@ def reason_to_exclude(library: str, name: str) -> str | None:
 
 def create(library: str, name: str, **kwargs: Any) -> nn.Module:
     """The architecture without weights."""
-    with torch.device("meta"):
-        if library == "timm":
+    if library == "timm":
+        with torch.device("meta"):
             return timm.create_model(name, **kwargs)
+    if name.startswith("regnet"):  # their initialisation reads values
+        return torchvision.models.get_model(name, weights=None, **kwargs).to("meta")
+    with torch.device("meta"):
         kwargs = {
             "weights": None,
             **({"weights_backbone": None} if family_of(library, name) == "segmentation" else {}),
@@ -128,11 +131,11 @@ def inputs_of(library: str, name: str) -> tuple[Tensor] | None:
     if library == "timm":
         return None
     if family_of(library, name) == "video":
-        size = 224 if name.startswith(("mvit", "swin")) else 112
+        size = 112 if "resnet" in name or name.endswith("_18") else 224
         return (torch.zeros(1, 3, 16, size, size, device="meta"),)
     if family_of(library, name) == "optical_flow":
         return torch.zeros(1, 3, 128, 128, device="meta"), torch.zeros(1, 3, 128, 128, device="meta")
-    size = 299 if name == "inception_v3" else 518 if name == "vit_h_14" else 224
+    size = 299 if name == "inception_v3" else 224
     return (torch.zeros(1, 3, size, size, device="meta"),)
 
 

@@ -1,0 +1,43 @@
+"""Which part of the zoo a run of the tests looks at: all of it, or a part that changes with the commit.
+
+`pytest -m zoo` looks at everything. With MASKSURGERY_ZOO_SHARD=quarter, as in CI, it takes the part that the commit
+chooses (MASKSURGERY_ZOO_COMMIT, else git's HEAD; without either always the same part).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+
+def sharded() -> bool:
+    """Whether only a part is looked at."""
+    shard = os.environ.get("MASKSURGERY_ZOO_SHARD") or "all"
+    if shard not in ("all", "quarter"):
+        raise ValueError(f'MASKSURGERY_ZOO_SHARD={shard!r} is not "all" or "quarter".')
+    return shard == "quarter"
+
+
+def chosen(name: str, parts: int = 4) -> bool:
+    """Whether `name` is looked at: one of so many parts, which changes with the commit, or everything."""
+    if not sharded():
+        return True
+    return int(hashlib.sha256(f"{name} {commit()}".encode()).hexdigest(), 16) % parts == 0
+
+
+@cache
+def commit() -> str:
+    """The commit that chooses the part; empty where it is not known."""
+    given = os.environ.get("MASKSURGERY_ZOO_COMMIT")
+    if given is not None:
+        return given
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,113 @@
+"""The numbers of the smallest architecture of every family of timm: its members against the base model under masks.
+
+All of them in some minutes on one core, with random parameters, at the smallest images, in float64. Families whose
+smallest architecture has more than 60 million parameters are left out: TOO_LARGE names them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import masksurgery
+import smallest
+from masksurgery.model import ConvertedModel
+from nets import randomise
+from oracles import flips_found
+from selection import chosen, commit
+
+LIMIT = 60_000_000
+RECORD: dict[str, Any] = json.loads(smallest.PATH.read_text(encoding="utf-8"))
+FAMILIES: dict[str, dict[str, Any]] = RECORD["families"]
+TOO_LARGE = {
+    "beit": "86.5 M parameters", "deepseek_vit": "412 M", "gemma4_vit": "167 M", "mobilenetv5": "82.6 M",
+    "naflexvit": "86.5 M", "nasnet": "88.8 M", "pnasnet": "86.1 M", "qwen3_vit": "87.4 M", "vgg": "133 M",
+    "vision_transformer_sam": "86.5 M",
+}  # fmt: skip
+FAILURES: dict[str, str] = {}
+MEMBERS = 3
+
+
+def _cases() -> list[Any]:
+    cases = []
+    for family in FAMILIES.keys() - TOO_LARGE.keys():
+        name = FAMILIES[family]["name"]
+        marks = []
+        if not timm.is_model(name):
+            marks.append(pytest.mark.skip(reason="the installed timm does not have it"))
+        elif not chosen(family):
+            marks.append(pytest.mark.skip(reason=f"not in the quarter that commit {commit()[:12]} chooses"))
+        if name in FAILURES:
+            marks.append(pytest.mark.xfail(reason=FAILURES[name], strict=True))
+        cases.append(pytest.param(FAMILIES[family], id=f"{family}-{name}", marks=marks))
+    return sorted(cases, key=lambda case: str(case.id))
+
+
+def images(entry: dict[str, Any], channels: int, batch: int) -> Tensor:
+    shape = batch, channels, entry["size"], entry["size"]
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+
+
+def members_of(model: ConvertedModel, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        members: Tensor = model.eval()(x).members
+    return members
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("entry", _cases())
+def test_numbers(entry: dict[str, Any]) -> None:
+    base = timm.create_model(entry["name"], num_classes=10, **entry["kwargs"])
+    base = randomise(base).double().eval()
+    channels = base.default_cfg["input_size"][0]
+    x = images(entry, channels, 3)
+    model = masksurgery.convert(base, n=MEMBERS, example_inputs=(x,))
+    check_members(model, base, x)
+    check_isolation(model, x)
+    masksurgery.verify(model, base, images(entry, channels, 5), mode="train")
+    site = random.Random(entry["name"]).choice(model.surgery.sites)
+    assert flips_found(model, base, site.mask, (x,)), site
+
+
+def check_members(model: ConvertedModel, base: nn.Module, x: Tensor) -> None:
+    """Every member is the base model under its masks, and neither they nor the samples are all alike."""
+    proof = masksurgery.verify(model, base, x)
+    assert proof.difference > 1e-3 * proof.largest
+    members = members_of(model, x)
+    assert (members - members[:1]).abs().max() > 1e-3 * members.abs().max()
+
+
+def check_isolation(model: ConvertedModel, x: Tensor) -> None:
+    """Nan in one sample reaches no other; other masks of one member change no other member."""
+    before = members_of(model, x)
+    broken = x.clone()
+    broken[1] = float("nan")
+    after = members_of(model, broken)
+    assert after[1].isnan().all()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    rolled = [model.get_submodule(site.mask) for site in model.surgery.sites]
+    for module in rolled:
+        module.masks[1] = module.masks[1].roll(1)
+    after = members_of(model, x)
+    for module in rolled:
+        module.masks[1] = module.masks[1].roll(-1)
+    assert (after[:, [0, 2]] - before[:, [0, 2]]).abs().max() <= 1e-12 * before.abs().max()
+    assert not torch.equal(after[:, 1], before[:, 1])
+
+
+def test_every_family_is_in_the_record() -> None:
+    """smallest.json is that of timm's families; of another version, it says which of them are new."""
+    if RECORD["timm"] != timm.__version__:
+        missing = smallest.families().keys() - FAMILIES.keys()
+        pytest.skip(
+            f"smallest.json is of timm {RECORD['timm']}, not {timm.__version__}; new families: {sorted(missing)}"
+        )
+    assert smallest.families().keys() == FAMILIES.keys()
+    assert {family for family, entry in FAMILIES.items() if entry["parameters"] > LIMIT} == TOO_LARGE.keys()
+    assert len(FAILURES) <= 3
