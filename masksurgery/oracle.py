@@ -33,7 +33,7 @@ class Oracle:
         like = next(x for x in known if isinstance(x, Tensor) and x.is_floating_point())
         self.masks = {}
         for site in surgery.sites:
-            factor = site.channels / site.ones if model.config.rescale else 1.0
+            factor = site.channels / site.ones if model.settings.rescale else 1.0
             self.masks[site.mask] = weights[site.mask].to(like.device, like.dtype) * factor
         regions = self._trace(example)
         self.regions = regions
@@ -46,7 +46,7 @@ class Oracle:
 
     def _trace(self, example: Any) -> dict[str, Traces]:
         """Fresh traces of the base model, and of the modules in it that have a graph of their own, by name."""
-        config, copied = self.model.config, copy_module(self.base)
+        config, copied = self.model.settings, copy_module(self.base)
         traces = {
             name: trace(copied.get_submodule(name), part, config.after or ())
             for name, part in self.model.parts.items()

@@ -109,7 +109,8 @@ def _is_dependent(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
     fact = facts[node]
     if fact.has_tensor and not fact.varies and not fact.reads.intersection(differ):
         return False  # such as scale.type_as(x), which reads no value of x
-    return bool(differ) and (fact.has_tensor or fact.varies)
+    compares = isinstance(fact.value, bool)  # two sizes, both of which must be those of all members
+    return bool(differ) and (fact.has_tensor or fact.varies or compares)
 
 
 def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:

@@ -114,7 +114,7 @@ class KeepsWhatItComputes(nn.Module):
 
 
 # Both images go through the pooling as one batch, and are two batches again: members of one stay beside those of
-# the other. (A mask on the one batch would be refused.)
+# the other.
 @hazard("two_batches_in_one", shaped((3, 8, 8), (3, 8, 8)), "stem->stem stem->stem conv->fn:relu", skipped=OUTPUT)
 class TwoBatchesInOne(nn.Module):
     def __init__(self) -> None:
@@ -125,6 +125,21 @@ class TwoBatchesInOne(nn.Module):
         pooled = F.avg_pool2d(torch.cat([self.stem(one), self.stem(other)], dim=0), 2)
         one, other = torch.chunk(pooled, 2, dim=0)
         return self.head(F.relu(self.conv(torch.cat([one, other], 1))).mean((2, 3)))
+
+
+# The size of a masked tensor is that of all members, and so must be what it is compared with.
+@hazard("compared_sizes", IMAGE, "conv->fn:relu", skipped={"head.fc": "output"})
+class ComparedSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv3(3, 8), Classifier(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        x = F.relu(self.conv(x))
+        if x.shape != (b, 8, h, w):
+            raise ValueError("another shape")
+        return self.head(x)
 
 
 # Where it looks is computed from the image, and comes with the batch; a masked coordinate would be the middle.
@@ -156,15 +171,3 @@ class LargestOfAll(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.fc(x))
         return self.head(x / x.max())
-
-
-# The whole batch twice over, where a mask would stand.
-@refused("layer_on_two_batches", shaped((5,), (5,)), node="fc")
-class LayerOnTwoBatches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.head = nn.Linear(5, 8), nn.Linear(8, 4)
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        one, other = torch.chunk(F.gelu(self.fc(torch.cat([one, other], 0))), 2, dim=0)
-        return self.head(one - other)
