@@ -79,7 +79,9 @@ class ConvertedModel(TwoGraphs):
     def _without_constants(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword inputs without those that the conversion has made constants, once these are found unchanged."""
         signature = inspect.signature(self._base_type.forward)
-        known = signature.bind(self, *self.inputs["args"], **self.inputs["kwargs"]).arguments
+        bound = signature.bind(self, *self.inputs["args"], **self.inputs["kwargs"]).arguments
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        known = {**bound, **bound.get(rest, {})}
         for name, value in kwargs.items():
             if name not in self._takes and (isinstance(value, Tensor) or value != known.get(name)):
                 raise TraceError(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from masksurgery.copying import copy_module
 from masksurgery.example import Example
 from masksurgery.inputs import bind, placeholder_values
+from masksurgery.layout import thaw
 from masksurgery.model import ConvertedModel
 from masksurgery.tracing import Traces, trace
 from masksurgery.types import Site
@@ -183,6 +184,9 @@ class _Masking(fx.Interpreter):
             return super().fetch_attr(target)
         except (AttributeError, RuntimeError):  # a constant that the trace made
             return getattr(self.traces.module, target)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return thaw(super().fetch_args_kwargs_from_env(n))
 
     def run_node(self, n: fx.Node) -> Any:
         kept = {}

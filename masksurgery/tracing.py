@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from masksurgery.branches import Evaluator, Value, assigned, common, reads_sizes, same_branch
 from masksurgery.copying import share_tensors
 from masksurgery.example import Example
-from masksurgery.inputs import replace_inputs
+from masksurgery.inputs import as_call, replace_inputs
 from masksurgery.kinds import compiled_module, holds_layer, is_layer, is_norm, reads_training
 from masksurgery.opaque import Opaque
 from masksurgery.types import TraceError
@@ -193,12 +193,13 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        call = replace_inputs(
+        bound = replace_inputs(
             self.example.bound, lambda name, _: self.create_proxy("placeholder", name, (), {}), self.example.integers
         )
+        args, kwargs = as_call(bound)
 
         def forward(root: nn.Module) -> Any:
-            return root_fn(root, *call.args, **call.kwargs)
+            return root_fn(root, *args, **kwargs)
 
         return forward, [self.root]
 
@@ -284,8 +285,8 @@ def _opaque_traces(model: nn.Module, example: Example, cause: str) -> Traces:
     """The model as one call, in a module that has its children, parameters and buffers under the same names."""
     root, name = Opaque.around(model)
     graph = fx.Graph()
-    call = replace_inputs(example.bound, lambda placeholder, _: graph.placeholder(placeholder), example.integers)
-    graph.output(graph.call_module(name, call.args, call.kwargs))
+    bound = replace_inputs(example.bound, lambda placeholder, _: graph.placeholder(placeholder), example.integers)
+    graph.output(graph.call_module(name, *as_call(bound)))
     graph.lint()
     return Traces(root, graph, graph, (), {name: cause})
 
