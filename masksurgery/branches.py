@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,13 +33,31 @@ def same_branch(value: Any, expected: Any, where: str) -> None:
         )
 
 
+def assigned(x: Tensor, key: Any, value: Any) -> Tensor:
+    """A copy of x after `x[key] = value`; it stands for the assignment in a graph, where no node changes another."""
+    x = x.clone()
+    x[key] = value
+    return x
+
+
 class Value(Proxy):
-    """A proxy that answers when Python asks for a number or a length."""
+    """A proxy that answers when Python asks for a number or a length, and that can be assigned to."""
 
     tracer: Any
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # numpy and torch look for protocols, such as __array_struct__, that it does not have
+            raise AttributeError(name)
         return ValueAttribute(self, name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.tracer.decide(self.node, None), dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Value:
+        return self  # a forward may keep what it computes; copies of the module need no other graph
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.node = self.tracer.assign(self.node, key, value)
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))

@@ -197,7 +197,7 @@ def _next_step(model: ConvertedModel, directory: Path) -> str:
     from masksurgery.images import image_input, readable
 
     name = readable(directory)
-    if model.config.where == "all":
+    if model.settings.where == "all":
         return (
             "Masks inside the network change what it computes:\nfine-tune it before you use its predictions.\n"
             f"Next, in your training loop: model = masksurgery.load({name!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -140,7 +141,8 @@ class Draft:
         Args:
             parts: Where a conversion recorded them, the modules with a graph of their own and what they take.
         Raises:
-            ConfigError: It is converted already, compiled or has lazy layers, or `unbatched` names no input.
+            ConfigError: It is converted already, compiled, quantised, a detection model or has lazy layers, or
+                `unbatched` names no input.
             TraceError, LayoutError: It can be neither traced nor run, or its inputs are not known.
         """
         if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
@@ -149,6 +151,7 @@ class Draft:
                 f"Convert its base model instead."
             )
         _check_ready(model)
+        _check_detection(model)
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
         inputs = placeholder_values(bound)
         unknown = set(config.unbatched) - set(inputs)
@@ -170,6 +173,23 @@ def _check_ready(model: nn.Module) -> None:
         raise ConfigError(
             f"'{lazy[0]}' is a {type(model.get_submodule(lazy[0])).__name__} without a shape: it has not run yet. Run "
             f"the model once, model(*example_inputs), before you convert it."
+        )
+    for name, module in model.named_modules():
+        if ".quantized." in type(module).__module__:
+            raise ConfigError(
+                f"'{name}' is a {type(module).__name__}: int8 layers hold no floating-point channels to mask. Convert "
+                f"the model first, and quantise what comes out."
+            )
+
+
+def _check_detection(model: nn.Module) -> None:
+    """torchvision's detection models take lists of images, which their transform resizes, and return lists of boxes."""
+    if {"backbone", "transform"} <= set(model._modules) and "images" in inspect.signature(model.forward).parameters:
+        name = type(model).__name__
+        raise ConfigError(
+            f"{name} takes and returns lists, with as many boxes as it finds, which have no mean. Convert its backbone: "
+            f"backbone = masksurgery.convert(model.backbone, example_inputs=(torch.zeros(1, 3, 320, 320),), "
+            f'task="regression"), then backbone.output = "mean" and model.backbone = backbone.'
         )
 
 

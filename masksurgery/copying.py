@@ -28,6 +28,12 @@ def copy_computed(module: nn.Module) -> dict[int, Any]:
     return {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf}
 
 
+def share_tensors(module: ModuleType) -> ModuleType:
+    """A copy that has the same tensors."""
+    held = [x for child in module.modules() for x in tree_leaves(list(vars(child).values()))]
+    return copy.deepcopy(module, {id(x): x for x in held if isinstance(x, Tensor)})
+
+
 def copy_with(root: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy without hooks, of converted tensors."""
     memo: dict[int, Any] = {}

@@ -14,6 +14,7 @@ from masksurgery.regions import Region
 
 COMPUTING = frozenset({"pointwise", "mul", "norm", "softmax", "gate", "mix"})
 ATTENTION = "gate: it only makes attention weights (query or key of an attention product)"
+GRID = "gate: it only says where another branch is read"
 OUTPUT = "output layer: its channels reach the model's output with no convolution or Linear in between"
 
 
@@ -138,6 +139,8 @@ class Flow:
         reasons: list[str] = []
         region, stack = {axis}, [(self, node, axis)]
         products: list[Axis] = []
+        if self._only_reaches_output(node, axis):
+            reasons.append(OUTPUT)
         while stack:
             flow, source, part = stack.pop()
             for reader in flow.readers(source):
@@ -163,6 +166,24 @@ class Flow:
             layers = sorted(masked[other] for other in product.parents - region if other in masked)
             reasons.extend(f"masked: it is multiplied by the masked output of '{layer}'" for layer in layers)
         return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
+
+    def _only_reaches_output(self, node: fx.Node, axis: Axis) -> bool:
+        """All that becomes of the channels is output, by whatever sums: two heads whose logits are added."""
+        if self.owner is not None:
+            return False
+        stack, seen = [(node, axis)], {axis}
+        while stack:
+            source, part = stack.pop()
+            for reader in self.readers(source):
+                if reader.op == "output":
+                    continue
+                fact = self.facts[reader]
+                children = fact.children.get(part, set())
+                if not children or "sum" in fact.kinds:  # an encoder layer adds to the channels what it has mixed
+                    return False
+                stack.extend((reader, child) for child in children - seen)
+                seen |= children
+        return True
 
     def _faults(self, reader: fx.Node, axis: Axis, children: set[Axis]) -> list[str]:
         """Why a reader forbids a mask on an axis that it reads."""
@@ -222,6 +243,8 @@ class Flow:
             names = ("query", "key", "value")
             roles = {**dict(zip(names, reader.args, strict=False)), **reader.kwargs}
             return ATTENTION if roles.get("value") is not node else None
+        if reader.target is F.grid_sample:
+            return GRID if node in (*reader.args[1:2], reader.kwargs.get("grid")) else None
         kind = self._gate_kind(self.facts[reader], reader)
         if kind is None or not self._only_multiplies(reader, kind == "softmax"):
             return None

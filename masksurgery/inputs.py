@@ -63,6 +63,17 @@ def replace_inputs(
     return inspect.BoundArguments(bound.signature, arguments)  # type: ignore[arg-type]
 
 
+def as_call(bound: inspect.BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Args and kwargs of one call, by keyword what can be: decorators of a forward look for it there."""
+    kinds = {name: bound.signature.parameters[name].kind for name in bound.arguments}
+    if inspect.Parameter.VAR_POSITIONAL in kinds.values():
+        return bound.args, bound.kwargs
+    first = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_ONLY]
+    named = {name: bound.arguments[name] for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD}
+    rest = {name: value for name, value in named.items() if name not in first}
+    return tuple(named[name] for name in first), {**rest, **bound.kwargs}
+
+
 def _is_input(leaf: Any, integers: bool) -> bool:
     return isinstance(leaf, Tensor) or (integers and isinstance(leaf, int) and not isinstance(leaf, bool))
 

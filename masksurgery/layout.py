@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -275,6 +276,7 @@ def call_node(node: fx.Node, module: nn.Module, inputs: Mapping[str, Any], args:
         inputs: Values of the placeholders, by name.
         args: Its arguments, nodes replaced by values; `kwargs` likewise.
     """
+    args, kwargs = thaw(args), thaw(kwargs)
     if node.op == "placeholder":
         return inputs[cast(str, node.target)]
     if node.op == "get_attr":
@@ -286,6 +288,15 @@ def call_node(node: fx.Node, module: nn.Module, inputs: Mapping[str, Any], args:
     if node.op == "call_function":
         return cast(Callable[..., Any], node.target)(*args, **kwargs)
     return args[0]
+
+
+def thaw(value: Any) -> Any:
+    """Arguments of a node as the generated code would make them: lists that a function may write into."""
+    if isinstance(value, immutable_list):
+        return [thaw(part) for part in value]
+    if isinstance(value, immutable_dict):
+        return {key: thaw(part) for key, part in value.items()}
+    return tuple(map(thaw, value)) if type(value) is tuple else value
 
 
 def _announce(sources: list[Facts]) -> None:

@@ -108,7 +108,7 @@ def conversion_macs(base: nn.Module, converted: ConvertedModel) -> Macs:
 def sample_inputs(base: nn.Module, converted: ConvertedModel, samples: int) -> inspect.BoundArguments:
     """The example inputs of a conversion, all zeros, with `samples` samples each."""
     bound = bind(base, *make_inputs(converted.inputs))
-    unbatched = set(converted.config.unbatched)
+    unbatched = set(converted.settings.unbatched)
 
     def resize(leaf: Any) -> Any:
         return leaf.new_zeros(samples, *leaf.shape[1:]) if isinstance(leaf, Tensor) and leaf.dim() else leaf

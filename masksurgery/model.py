@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from masksurgery.example import Example
 from masksurgery.graphs import TwoGraphs
 from masksurgery.layers import Members
 from masksurgery.prediction import Head, Prediction
 from masksurgery.tracing import Traces
-from masksurgery.types import ConfigError, ConvertConfig, Surgery
+from masksurgery.types import ConfigError, ConvertConfig, Surgery, TraceError
 
 OUTPUTS = ("prediction", *Prediction._fields)
 ANSWERS = ("no_weight_decay", "group_matcher")
@@ -26,14 +27,14 @@ class ConvertedModel(TwoGraphs):
 
     Attributes:
         surgery: What the conversion did.
-        config: Its settings.
+        settings: Those of `convert`. (`config` is the base model's, where it has one.)
         inputs: The example inputs, as `describe_inputs` writes them.
         parts: What the modules take that have a graph of their own, inside of what cannot be traced.
         recipe: How the base model is made again, for `save`; None if only the caller knows.
     """
 
     surgery: Surgery
-    config: ConvertConfig
+    settings: ConvertConfig
     inputs: dict[str, Any]
     recipe: dict[str, Any] | None
 
@@ -55,19 +56,40 @@ class ConvertedModel(TwoGraphs):
         for name, module in modules.items():
             self.add_module(name, module.train(base.training))
         self.training = base.training
-        self.surgery, self.config, self.inputs, self.recipe = surgery, config, dict(inputs), None
+        self.surgery, self.settings, self.inputs, self.recipe = surgery, config, dict(inputs), None
         self.parts = dict(parts)
         self._names, self._base_type = dict(names), type(base)
         self._set_graphs(traces.eval, traces.train)
 
     def _set_graphs(self, eval_graph: fx.Graph, train_graph: fx.Graph) -> None:
         super()._set_graphs(eval_graph, train_graph)
+        self._takes = tuple(node.target for node in eval_graph.nodes if node.op == "placeholder")
         for name in ANSWERS:  # GraphModule gives every instance a class of its own
             if hasattr(self._base_type, name):
                 setattr(type(self), name, getattr(self._base_type, name))
 
     def _bases(self) -> tuple[type, ...]:
         return (ConvertedModel,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(name not in self._takes for name in kwargs):
+            kwargs = self._without_constants(kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _without_constants(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword inputs without those that the conversion has made constants, once these are found unchanged."""
+        signature = inspect.signature(self._base_type.forward)
+        bound = signature.bind(self, *self.inputs["args"], **self.inputs["kwargs"]).arguments
+        rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        known = {**bound, **bound.get(rest, {})}
+        for name, value in kwargs.items():
+            if name not in self._takes and (isinstance(value, Tensor) or value != known.get(name)):
+                raise TraceError(
+                    f"{name}={type(value).__name__ if isinstance(value, Tensor) else repr(value)}: the model was "
+                    f"converted with {name}={known.get(name)!r}, which is fixed since then; its inputs are "
+                    f"{', '.join(self._takes)}. Convert the base model again, with {name} among the example_inputs."
+                )
+        return {name: value for name, value in kwargs.items() if name in self._takes}
 
     @property
     def members_module(self) -> Members:

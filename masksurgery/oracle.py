@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from masksurgery.copying import copy_module
 from masksurgery.example import Example
 from masksurgery.inputs import bind, placeholder_values
+from masksurgery.layout import thaw
 from masksurgery.model import ConvertedModel
 from masksurgery.tracing import Traces, trace
 from masksurgery.types import Site
@@ -29,12 +30,11 @@ class Oracle:
         self.base, self.model = base, model
         surgery = model.surgery
         weights = {name: torch.from_numpy(masks) for name, masks in surgery.masks.items()}
-        like = next(
-            (x for x in tree_leaves(example) if isinstance(x, Tensor) and x.is_floating_point()), torch.zeros(())
-        )
+        known = (*tree_leaves(example), *model.parameters(), torch.zeros(()))  # a model of texts takes integers
+        like = next(x for x in known if isinstance(x, Tensor) and x.is_floating_point())
         self.masks = {}
         for site in surgery.sites:
-            factor = site.channels / site.ones if model.config.rescale else 1.0
+            factor = site.channels / site.ones if model.settings.rescale else 1.0
             self.masks[site.mask] = weights[site.mask].to(like.device, like.dtype) * factor
         regions = self._trace(example)
         self.regions = regions
@@ -47,7 +47,7 @@ class Oracle:
 
     def _trace(self, example: Any) -> dict[str, Traces]:
         """Fresh traces of the base model, and of the modules in it that have a graph of their own, by name."""
-        config, copied = self.model.config, copy_module(self.base)
+        config, copied = self.model.settings, copy_module(self.base)
         traces = {
             name: trace(copied.get_submodule(name), part, config.after or ())
             for name, part in self.model.parts.items()
@@ -184,6 +184,9 @@ class _Masking(fx.Interpreter):
             return super().fetch_attr(target)
         except (AttributeError, RuntimeError):  # a constant that the trace made
             return getattr(self.traces.module, target)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return thaw(super().fetch_args_kwargs_from_env(n))
 
     def run_node(self, n: fx.Node) -> Any:
         kept = {}

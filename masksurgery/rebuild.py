@@ -37,7 +37,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
     Raises:
         CheckpointError: The example inputs are not what JSON holds.
     """
-    surgery, config = model.surgery, model.config
+    surgery, config = model.surgery, model.settings
     recipe = find_recipe(model)
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     record = Record(

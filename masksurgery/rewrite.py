@@ -117,7 +117,8 @@ def _is_dependent(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
     fact = facts[node]
     if fact.has_tensor and not fact.varies and not fact.reads.intersection(differ):
         return False  # such as scale.type_as(x), which reads no value of x
-    return bool(differ) and (fact.has_tensor or fact.varies)
+    compares = isinstance(fact.value, bool)  # two sizes, both of which must be those of all members
+    return bool(differ) and (fact.has_tensor or fact.varies or compares)
 
 
 def _differs(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
@@ -125,7 +126,7 @@ def _differs(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
 
 
 def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
-    if isinstance(fact.value, Tensor) and not fact.has_batch:
+    if isinstance(fact.value, Tensor) and not fact.has_batch and not _is_loss(node, facts):
         unknown = f" (no rule for {', '.join(fact.unknown)})" if fact.unknown else ""
         raise LayoutError(
             f"node '{node.name}' differs between members, but its shape {list(fact.value.shape)} has no batch dimension"
@@ -138,6 +139,16 @@ def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
         layout_of(dims, node.name)
     for source in node.all_input_nodes:
         _check_proportional(source, facts[source])
+
+
+def _is_loss(node: fx.Node, facts: NodeFacts) -> bool:
+    """A number that nothing is made of but other numbers and the model's output."""
+    if node.op == "output":
+        return True
+    value = facts[node].value
+    if isinstance(value, Tensor) and value.dim():
+        return False
+    return all(_is_loss(user, facts) for user in node.users)
 
 
 def _check_proportional(node: fx.Node, fact: Facts) -> None:

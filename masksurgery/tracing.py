@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from masksurgery.branches import Evaluator, Value, common, reads_sizes, same_branch
+from masksurgery.branches import Evaluator, Value, assigned, common, reads_sizes, same_branch
+from masksurgery.copying import share_tensors
 from masksurgery.example import Example
-from masksurgery.inputs import replace_inputs
+from masksurgery.inputs import as_call, replace_inputs
 from masksurgery.kinds import compiled_module, holds_layer, is_layer, is_norm, reads_training
 from masksurgery.opaque import Opaque
 from masksurgery.types import TraceError
@@ -28,11 +29,9 @@ FACTORIES = (
     torch.ones,
     torch.rand,
     torch.randn,
+    torch.tensor,
     torch.zeros,
 )
-
-EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
-
 
 EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
 
@@ -94,7 +93,7 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._computes():
+        if self._computes() or m not in (self.submodule_paths or ()):  # the forward makes it: nn.ReLU()(x)
             return forward(*args, **kwargs)
         original = compiled_module(m)
         if original is not None:
@@ -124,13 +123,17 @@ class Tracer(fx.Tracer):
             return int(self.decide(cast(Any, obj).shape[0].node, int))
         return common((len(values[0]), len(values[1])), obj.node)
 
-    def decide(self, node: fx.Node, kind: type) -> Any:
+    def decide(self, node: fx.Node, kind: type | None) -> Any:
         """The number that a node computes, for Python's control flow; a node that checks it stays in the graph.
 
+        Args:
+            node: It computes a number, or a tuple of numbers.
+            kind: What the number is to be; None for what it is.
         Raises:
             TraceError: It depends on the values of tensors or on the batch size.
         """
         values = self._compute(node)
+        kind = kind or (tuple if isinstance(values[0], tuple) else type(values[0]))
         if not any(isinstance(value, Tensor) for value in values):
             values = kind(values[0]), kind(values[1])
         value = common(values, node)
@@ -143,6 +146,23 @@ class Tracer(fx.Tracer):
         else:
             self._asked.append(node)
         return value
+
+    def assign(self, node: fx.Node, key: Any, value: Any) -> fx.Node:
+        """The node that stands for `x[key] = value`, x being what a node computes.
+
+        Raises:
+            TraceError: x is a view, a parameter or a buffer: others would see the assignment, too.
+        """
+        if node.op == "get_attr" or self._compute(node)[0]._is_view():
+            raise TraceError(f"'{node.name}', which is assigned to, is a part of another tensor, or of the module")
+        return self.create_proxy("call_function", assigned, (self.proxy(node), key, value), {}).node
+
+    def create_arg(self, a: Any) -> Any:
+        """Mappings keep their type: torch.fx makes a dict of an OrderedDict, which a ModelOutput of transformers is."""
+        if not isinstance(a, OrderedDict):
+            return super().create_arg(a)
+        entries = super().create_arg(dict(a))
+        return self.create_node("call_function", type(a), *(((), entries) if is_dataclass(a) else ((entries,), {})))
 
     def _compute(self, node: fx.Node) -> tuple[Any, Any]:
         if self._evaluator is None:
@@ -173,12 +193,13 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        call = replace_inputs(
+        bound = replace_inputs(
             self.example.bound, lambda name, _: self.create_proxy("placeholder", name, (), {}), self.example.integers
         )
+        args, kwargs = as_call(bound)
 
         def forward(root: nn.Module) -> Any:
-            return root_fn(root, *call.args, **call.kwargs)
+            return root_fn(root, *args, **kwargs)
 
         return forward, [self.root]
 
@@ -206,29 +227,27 @@ def trace(model: nn.Module, example: Example, leaf_types: tuple[type, ...] = ())
     What torch.fx cannot follow is not entered: such a module, or if need be the model itself, is one opaque call.
 
     Args:
-        model: Its training flags are switched and put back; constants of the trace become its non-persistent buffers.
-            Pass a copy.
+        model: Constants of the trace become its non-persistent buffers. Pass a copy.
         example: What one forward takes.
         leaf_types: Modules of these types are not entered.
     """
-    before = set(vars(model))
+    traced = share_tensors(model)  # a forward that keeps what it computes keeps proxies here, and not in the model
     causes: dict[nn.Module, str] = {}
-    with _training_flags_restored(model), torch.random.fork_rng(devices=[]):
-        graphs = _trace_both(model, example, leaf_types, causes)
+    with torch.random.fork_rng(devices=[]):
+        graphs = _trace_both(traced, example, leaf_types, causes)
     used = {node.target for graph in graphs for node in graph.nodes if node.op == "get_attr"}
-    for name in set(vars(model)) - before:
-        constant = vars(model).pop(name)
-        if name in used:
-            model.register_buffer(name, constant, persistent=False)
+    for name in used & (set(vars(traced)) - set(vars(model))):
+        model.register_buffer(name, vars(traced)[name], persistent=False)
     if not graphs:
-        return _opaque_traces(model, example, causes[model])
+        return _opaque_traces(model, example, causes[traced])
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[0])]
     compiled = [name for name, module in model.named_modules() if compiled_module(module) is not None]
     notes += [f"'{name}' is not compiled any more: compile the converted model" for name in compiled]
-    if same_graph(graphs[0], graphs[1], model):
+    if same_graph(graphs[0], graphs[1], traced):
         graphs[1] = graphs[0]
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
-    opaque = {name: causes[m] for name, m in model.named_modules() if name in called and m in causes and holds_layer(m)}
+    named = [(name, module) for name, module in traced.named_modules() if name in called and module in causes]
+    opaque = {name: causes[module] for name, module in named if holds_layer(module)}
     return Traces(model, graphs[0], graphs[1], tuple(notes), opaque)
 
 
@@ -266,8 +285,8 @@ def _opaque_traces(model: nn.Module, example: Example, cause: str) -> Traces:
     """The model as one call, in a module that has its children, parameters and buffers under the same names."""
     root, name = Opaque.around(model)
     graph = fx.Graph()
-    call = replace_inputs(example.bound, lambda placeholder, _: graph.placeholder(placeholder), example.integers)
-    graph.output(graph.call_module(name, call.args, call.kwargs))
+    bound = replace_inputs(example.bound, lambda placeholder, _: graph.placeholder(placeholder), example.integers)
+    graph.output(graph.call_module(name, *as_call(bound)))
     graph.lint()
     return Traces(root, graph, graph, (), {name: cause})
 
@@ -279,16 +298,6 @@ def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
         node.meta.pop("is_wrapped", None)  # else the generated code wraps the function for every later trace as well
     graph.lint()
     return graph
-
-
-@contextlib.contextmanager
-def _training_flags_restored(model: nn.Module) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _hooked_containers(model: nn.Module, graph: fx.Graph) -> list[str]:

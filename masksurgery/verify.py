@@ -102,7 +102,7 @@ def _eval_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple[
             continue
         members = torch.stack([x.movedim(batch_dim, 0) for x in leaves], 1)
         theirs.append(members.clamp_min(torch.finfo(members.dtype).tiny).log() if task == "probabilities" else members)
-    return ours, theirs[:1] if model.config.heteroscedastic else theirs
+    return ours, theirs[:1] if model.settings.heteroscedastic else theirs
 
 
 def _train_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -120,7 +120,7 @@ def _train_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple
         index = torch.arange(n, device=x.device).repeat_interleave(b)
         bound = bind(oracle.base, *example)
         for name, value in bound.arguments.items():
-            if name not in model.config.unbatched:
+            if name not in model.settings.unbatched:
                 bound.arguments[name] = tree_map(
                     lambda leaf: torch.cat([leaf] * n) if isinstance(leaf, Tensor) else leaf, value
                 )

@@ -11,6 +11,7 @@ import nets_attention  # noqa: F401
 import nets_conv  # noqa: F401
 import nets_ends  # noqa: F401
 import nets_gates  # noqa: F401
+import nets_libraries  # noqa: F401
 import nets_strange  # noqa: F401
 import nets_tokens  # noqa: F401
 import nets_zoo  # noqa: F401

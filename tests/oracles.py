@@ -47,7 +47,7 @@ def input_repeat(model: ConvertedModel, inputs: tuple) -> Any:
     n, root = model.surgery.n, model.members_module
     root.train()
     root.fixed = torch.arange(n).repeat_interleave(inputs[0].shape[0])
-    unbatched = model.config.unbatched
+    unbatched = model.settings.unbatched
     names = [node.target for node in model.graph.nodes if node.op == "placeholder"]
     try:
         repeated = [x if name in unbatched else torch.cat([x] * n) for name, x in zip(names, inputs, strict=True)]

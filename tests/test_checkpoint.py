@@ -128,7 +128,7 @@ def test_settings_come_back(tmp_path: Path) -> None:
     )
     model.output = "mean"
     loaded = masksurgery.load(masksurgery.save(model, tmp_path), base=base)
-    assert loaded.config == model.config
+    assert loaded.settings == model.settings
     assert (loaded.output, loaded.training, loaded.members_module.train_mode) == ("mean", False, "repeat")
     assert loaded.inputs == model.inputs and loaded.recipe is None
     assert_equal(model, loaded, torch.randn(4, 3, 8, 8))

@@ -200,7 +200,7 @@ def test_convert_passes_every_option_on(run: Callable[..., Result], tmp_path: Pa
     result = run("convert", *SMALL, "-o", tmp_path / "m", *options)
     assert (result.status, result.err) == (0, "")
     model = masksurgery.load(tmp_path / "m")
-    config, surgery = model.config, model.surgery
+    config, surgery = model.settings, model.surgery
     assert (config.n, config.scale, config.after, config.seed) == (3, 1.7, (torch.nn.Conv2d,), 5)
     assert (config.task, config.train_mode, config.rescale, config.where) == ("regression", "repeat", False, "all")
     assert model.recipe["kwargs"] == {"num_classes": 2, "in_chans": 1, "drop_rate": 0.25}
