@@ -187,8 +187,8 @@ def _check_detection(model: nn.Module) -> None:
     if {"backbone", "transform"} <= set(model._modules) and "images" in inspect.signature(model.forward).parameters:
         name = type(model).__name__
         raise ConfigError(
-            f"{name} takes and returns lists, with as many boxes as it finds, which have no mean. Convert its backbone: "
-            f"backbone = masksurgery.convert(model.backbone, example_inputs=(torch.zeros(1, 3, 320, 320),), "
+            f"{name} takes and returns lists, with as many boxes as it finds, which have no mean. Convert its "
+            f"backbone: backbone = masksurgery.convert(model.backbone, example_inputs=(torch.zeros(1, 3, 320, 320),), "
             f'task="regression"), then backbone.output = "mean" and model.backbone = backbone.'
         )
 

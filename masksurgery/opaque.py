@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from masksurgery.layers import Assignment, Members
+from masksurgery.types import LayoutError
 
 Self = TypeVar("Self", bound="Opaque")
 
@@ -60,5 +61,7 @@ class Follow(nn.Module):
     def forward(self) -> Assignment:
         members: Members = self.__dict__["members"]
         if members.latest is None:
-            raise RuntimeError("A part of a converted model runs only inside of a forward of the whole.")
+            raise LayoutError(
+                "A part of a converted model runs inside of a forward of the whole, which assigns members."
+            )
         return members.latest
