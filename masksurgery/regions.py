@@ -18,9 +18,10 @@ from masksurgery.axes import Axis, Dims
 from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.inputs import placeholder_values
 from masksurgery.kinds import channel_dim_of, holds_layer, is_layer, rank_of
-from masksurgery.layout import Facts, InnerCall, analyse
+from masksurgery.layout import Facts, analyse
 from masksurgery.opaque import Opaque
 from masksurgery.tracing import Traces, trace
+from masksurgery.tracker import InnerCall
 
 
 @dataclass(eq=False)

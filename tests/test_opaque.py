@@ -226,7 +226,7 @@ def test_a_part_is_still_what_it_was() -> None:
     assert isinstance(block, Residual) and isinstance(block, Part)
     assert block.describe() == "12 channels"
     with pytest.raises(LayoutError, match="runs inside of a forward of the whole"):
-        block(torch.zeros(4, 12, 8, 8).double())
+        block(torch.zeros(4, 12, 8, 8).double(), gain=0.5)
     assert type(block).__name__ == "Residual" and "relu" in block.code
 
 

@@ -136,9 +136,9 @@ def write(rows: Sequence[Row]) -> str:
     return f"""# Coverage
 
 Written by `tests/zoo/sweep.py` and `tests/zoo/coverage_report.py`: {versions}.
-Every architecture is made without weights and converted with the defaults. Every call of a convolution or Linear is a *site* (it has a mask), in
-the *chain* of a site (it is served by that mask), or skipped with a reason; `s` is the CPU seconds of the conversion
-(of a family the median).
+Every architecture is made without weights and converted with the defaults. Every call of a convolution or Linear is a
+*site* (it has a mask), in the *chain* of a site (it is served by that mask), or skipped with a reason; `s` is the CPU
+seconds of the conversion (of a family the median).
 
 {summary(rows)}
 ## The smallest architecture of each family of timm
