@@ -16,20 +16,8 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    (
-        "inputs",
-        "kinds",
-        "copying",
-        "axes",
-        "rules",
-        "example",
-        "layers",
-        "opaque",
-        "layout",
-        "branches",
-        "tracing",
-        "prediction",
-    ),
+    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction"),
+    ("tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "candidates", "sites", "rewrite"),
     ("graphs", "part", "model", "macs", "convert"),
     ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
