@@ -59,12 +59,21 @@ def set_dims(x: Tensor, dims: Dims) -> None:
 
 @dataclass
 class Call:
-    """One call of an operator: its arguments by name, its outputs, and what became of the axes that ended in it."""
+    """One call of an operator.
+
+    Attributes:
+        name: Of the operator.
+        arguments: By name.
+        outputs: Its tensors.
+        split: Axes of its inputs that end in it, cut up.
+        constant: It turned out to read no value of its inputs, only their sizes.
+    """
 
     name: str
     arguments: dict[str, Any]
     outputs: list[Tensor]
     split: set[Axis] = field(default_factory=set)
+    constant: bool = False
 
     def tensor(self, name: str) -> Tensor:
         return cast(Tensor, self.arguments[name])

@@ -46,12 +46,19 @@ class Flow:
             masked: What masks reach. Where a part begins it learns which axes of its inputs are among that.
         """
         for node in self.graph.nodes:
-            for axis in (axis for dims in self.facts[node].dims for dim in dims for axis in dim):
-                if node.op == "placeholder" and axis.parents & masked.keys():
-                    masked[axis] = masked[next(iter(axis.parents & masked.keys()))]
+            if node.op == "placeholder":
+                self._enter(node, masked)
             yield self, node
             for part in self.region.parts.get(node, ()):
                 yield from Flow(part, (self, node)).walk(masked)
+
+    def _enter(self, placeholder: fx.Node, masked: dict[Axis, str]) -> None:
+        """Note what the masks before this region reach in it."""
+        for axis in [axis for dims in self.facts[placeholder].dims for dim in dims for axis in dim]:
+            before = axis.parents & masked.keys()
+            if before:
+                layer = masked[next(iter(before))]
+                masked.update(dict.fromkeys(self.fate(placeholder, axis, {}).region, layer))
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """The users of its values; reading a size is none."""

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from masksurgery.axes import Axis, Call, Dims, get_dims, set_dims
 from masksurgery.copying import copy_with, meta_copy
 from masksurgery.example import BATCH_SIZES, Example, tensors_in
+from masksurgery.kinds import is_norm
 from masksurgery.rules import find_rule
 from masksurgery.types import Layout, LayoutError
 
@@ -180,9 +181,10 @@ def _analyse(
             value = call()
         seen = tracker.seen | {id(x) for x in tensors_in(value)}
         reads = frozenset(s for s in node.all_input_nodes if any(id(x) in seen for x in tensors_in(facts[s].value)))
+        if node.op == "call_module" and is_norm(module.get_submodule(str(node.target))):
+            tracker.treat_as_norm(value, sources)
         value = _own(value, sources)
-        # zeros_like(x) reads no value of x, only its size
-        data = set(tracker.kinds) != {"make"} and any(facts[source].data for source in reads)
+        data = any(facts[source].data for source in reads)
         other, calls = others[node]
         facts[node] = fact = Facts(value, other, data=data, reads=reads, calls=_paired(recorder.take(), calls))
         if node.op == "placeholder":
@@ -354,6 +356,12 @@ class _Tracker(TorchDispatchMode):
         self.split: set[Axis] = set()
         self.seen: set[int] = set()
 
+    def treat_as_norm(self, value: Any, sources: list[Facts]) -> None:
+        """A norm keeps the channels of its input, whatever groups it has cut them into to find their statistics."""
+        if self.split and isinstance(value, Tensor) and value.shape == getattr(sources[0].value, "shape", None):
+            set_dims(value, sources[0].dims[0])
+            self.kinds, self.split = ["norm"], set()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         names, arguments = _signature(func)
@@ -362,13 +370,13 @@ class _Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         kind, rule = find_rule(func)
         given = tensors_in((args, kwargs))
-        self.seen.update(map(id, given))
         before = [get_dims(x) for x in given]
         # What a layer makes of its parameters alone (a normalised weight) tells nothing of its input.
         reads_input = [dims for dims in before if any(axis.sources for dim in dims for axis in dim)]
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if rule is None:
+            self.seen.update(map(id, given))
             if reads_input:
                 self.unknown.append(str(func))
             for x in outputs:
@@ -378,6 +386,9 @@ class _Tracker(TorchDispatchMode):
         dims = rule(call) if outputs and before else []
         for x, found in zip(outputs, dims, strict=True):
             set_dims(x, found)
+        kind = "make" if call.constant else kind
+        if kind != "make":  # zeros_like(x) reads no value of x, only its size
+            self.seen.update(map(id, given))
         if reads_input:
             self.kinds.append(kind)
         if kind == "pointwise" and len(reads_input) > 1 and {"mix", "product"} & set(self.kinds):

@@ -44,22 +44,22 @@ class Macs:
 
 
 def count_macs(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
-    """Multiply-adds of one forward in eval, of shapes alone: neither weights nor inputs are read.
+    """Multiply-adds of one forward in eval, of shapes alone, unless its control flow depends on values.
 
     Args:
         model: It is not changed.
         args: Positional inputs, on any device.
         kwargs: Inputs by name.
     Raises:
-        TraceError: The model cannot be run without data.
+        TraceError: The model cannot be run.
     """
     kwargs = dict(kwargs or {})
-    for count in (_on_meta, _on_fake):
+    for count in (_on_meta, _on_fake, _on_values):
         try:
             return count(model, list(args), kwargs)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             failure = error
-    raise TraceError(f"{type(model).__name__} cannot be run without data to count its MACs: {failure}") from failure
+    raise TraceError(f"{type(model).__name__} cannot be run to count its MACs: {failure}") from failure
 
 
 def _on_meta(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
@@ -78,6 +78,10 @@ def _on_fake(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
             return _count(duplicate, *given)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _on_values(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
+    return _count(copy_module(model), args, kwargs)
 
 
 def _count(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:

@@ -14,8 +14,8 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
-from masksurgery.axes import Dims
-from masksurgery.example import Example, tensors_in
+from masksurgery.axes import Axis, Dims
+from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.inputs import placeholder_values
 from masksurgery.kinds import channel_dim_of, holds_layer, is_layer, rank_of
 from masksurgery.layout import Facts, InnerCall, analyse
@@ -161,9 +161,20 @@ def _example_of(module: nn.Module, calls: Sequence[InnerCall]) -> Example | None
     signature = inspect.signature(module.forward)
     one, other = (signature.bind(*args, **kwargs) for args, kwargs in first.given)
     values = placeholder_values(one, integers=True), placeholder_values(other, integers=True)
-    axes = {id(x): dims for x, dims in zip(tensors_in(first.given[0]), first.entry, strict=True)}
+    pairs = zip(tensors_in(first.given[0]), first.entry, tensors_in(first.given[1]), strict=True)
+    axes = {id(x): _find_batch(dims, x, x_other) for x, dims, x_other in pairs}
     dims = {name: [axes[id(x)] for x in tensors_in(value)] for name, value in values[0].items()}
     return Example(one, values, dims, integers=True)
+
+
+def _find_batch(dims: Dims, x: Tensor, x_other: Tensor) -> Dims:
+    """The axes of an input; where no operator told of a batch, it is the dimension that has the batch size."""
+    if any(axis.batch for dim in dims for axis in dim):
+        return dims
+    return tuple(
+        (Axis(size, batch=True, sources=dim[0].sources),) if (size, other) == BATCH_SIZES else dim
+        for dim, size, other in zip(dims, x.shape, x_other.shape, strict=True)
+    )
 
 
 def _form(given: Any) -> Any:

@@ -36,7 +36,8 @@ class Plan:
 
     Attributes:
         masks: By the node they mask.
-        dependent: The nodes that differ between members: a mask can reach them.
+        dependent: The nodes that have rows for all members: a mask can reach them.
+        differing: Those of them whose values differ between members, and are not made of their inputs' sizes alone.
         repeats: How to repeat each shared node that a dependent one reads.
         remade: Shared tensors made from sizes alone, to be made again from n times the batch.
         batch_dims: For each leaf of the output its batch dimension, or None.
@@ -45,6 +46,7 @@ class Plan:
 
     masks: Mapping[fx.Node, Mask]
     dependent: set[fx.Node] = field(default_factory=set)
+    differing: set[fx.Node] = field(default_factory=set)
     repeats: dict[fx.Node, RepeatPlan] = field(default_factory=dict)
     remade: set[fx.Node] = field(default_factory=set)
     batch_dims: list[int | None] = field(default_factory=list)
@@ -70,8 +72,10 @@ def plan(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask], opaque: Colle
             leaf = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim())
             result.source = (node, leaf)
         if node.op == "output" or node in opaque or _is_dependent(node, facts, result):
-            _check(node, facts[node], result, facts)
             result.dependent.add(node)
+            if node in opaque or _differs(node, facts, result):
+                result.differing.add(node)
+            _check(node, facts[node], result, facts)
             for source in node.all_input_nodes:
                 if source not in result.dependent and not _is_masked(source, node, result, facts):
                     _plan_shared(source, facts, result)
@@ -91,9 +95,13 @@ def plan_part(graph: fx.Graph, facts: NodeFacts, masks: Iterable[Mask]) -> Plan:
     for node in graph.nodes:
         if node.op == "output" or facts[node].varies:
             result.dependent.add(node)
+        if node.op == "placeholder" and facts[node].varies:
+            result.differing.add(node)
         if _is_dependent(node, facts, result):
-            _check(node, facts[node], result, facts)
             result.dependent.add(node)
+            if _differs(node, facts, result):
+                result.differing.add(node)
+            _check(node, facts[node], result, facts)
     return result
 
 
@@ -113,6 +121,10 @@ def _is_dependent(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
     return bool(differ) and (fact.has_tensor or fact.varies or compares)
 
 
+def _differs(node: fx.Node, facts: NodeFacts, plan: Plan) -> bool:
+    return any(s in plan.differing or _is_masked(s, node, plan, facts) for s in facts[node].reads)
+
+
 def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
     if isinstance(fact.value, Tensor) and not fact.has_batch and not _is_loss(node, facts):
         unknown = f" (no rule for {', '.join(fact.unknown)})" if fact.unknown else ""
@@ -123,6 +135,8 @@ def _check(node: fx.Node, fact: Facts, plan: Plan, facts: NodeFacts) -> None:
         )
     if not fact.has_tensor:
         return
+    for dims in fact.dims if node in plan.differing else ():
+        layout_of(dims, node.name)
     for source in node.all_input_nodes:
         _check_proportional(source, facts[source])
 

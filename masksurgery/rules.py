@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from masksurgery.axes import Axis, Call, Dims, anonymous, broadcast, derived, get_dims, merge, reshape
+from masksurgery.axes import Axis, Call, Dim, Dims, anonymous, broadcast, derived, get_dims, merge, reshape
 
 Kind = str
 """pointwise, mul, gate, softmax, norm, move, pool, mix, product, make, unknown; and sum, noted beside pointwise where a
@@ -34,6 +34,14 @@ def shape_like(call: Call) -> Sequence[Dims]:
     """`zeros_like` and its kind: the batch of the input, none of its values."""
     dims = get_dims(call.first())
     return [tuple(tuple(Axis(axis.size, axis.batch) for axis in dim) for dim in dims)]
+
+
+def layer_norm(call: Call) -> Sequence[Dims]:
+    """A single element less its mean is zero: such a norm reads nothing."""
+    if math.prod(call.arguments["normalized_shape"]) != 1:
+        return like_first(call)
+    call.constant = True
+    return [*shape_like(call), *(tuple(map(anonymous, out.shape)) for out in call.outputs[1:])]
 
 
 def view(call: Call) -> Sequence[Dims]:
@@ -73,21 +81,26 @@ def take(call: Call) -> Sequence[Dims]:
     x = call.first()
     dims = list(get_dims(x))
     d = call.arguments.get("dim", 0) % max(x.dim(), 1)
-    results = []
-    start, step = call.arguments.get("start") or 0, call.arguments.get("step", 1)
+    results, start = [], call.arguments.get("start") or 0
     for out in call.outputs:
         if out.shape == x.shape and call.name == "slice":
             results.append(tuple(dims))
             continue
         gone = out.dim() < x.dim()
-        inner = () if gone or call.name not in ("slice", "split") or step != 1 else dims[d][1:]
-        if inner and math.prod(axis.size for axis in inner) == out.shape[d] and start % out.shape[d] == 0:
-            call.mark_split(dims[d][:1])  # one of several batches that stand one after another
-            results.append(tuple(dims[:d] + [inner] + dims[d + 1 :]))
-            continue
-        call.mark_split(dims[d])
-        results.append(tuple(dims[:d] + ([] if gone else [anonymous(out.shape[d])]) + dims[d + 1 :]))
+        rows = () if gone else _rows(call, dims[d], start % max(x.shape[d], 1), out.shape[d])
+        call.mark_split(dims[d] if gone else [axis for axis in dims[d] if axis not in rows])
+        results.append(tuple(dims[:d] + ([] if gone else [rows]) + dims[d + 1 :]))
+        start += 0 if gone else out.shape[d]
     return results
+
+
+def _rows(call: Call, dim: Dim, start: int, size: int) -> Dim:
+    """Some of the outermost axis of a dimension keep the axes inside of it: one of two batches."""
+    inner = math.prod(axis.size for axis in dim[1:])
+    whole = call.name in ("slice", "split", "split_with_sizes", "chunk", "narrow", "unsafe_split")
+    if whole and len(dim) > 1 and call.arguments.get("step", 1) == 1 and start % inner == size % inner == 0:
+        return anonymous(size // inner) + dim[1:]
+    return anonymous(size)
 
 
 def window(call: Call) -> Sequence[Dims]:
@@ -138,9 +151,14 @@ def convolution(call: Call) -> Sequence[Dims]:
     dims = get_dims(x)
     groups = call.arguments["groups"]
     channels = out.dim() - (weight.dim() - 1)  # 1, or 0 without a batch
-    kept = dims[:channels]
+    kept, axes = dims[:channels], dims[channels]
+    # Samples may stand before the channels, each with groups of its own (a convolution with weights for each sample).
+    samples = axes[:1] if axes and axes[0].batch and groups % axes[0].size == 0 else ()
+    size = out.shape[channels] // math.prod(axis.size for axis in samples)
     if groups == x.shape[channels] > 1:  # depthwise: every output channel is made of one input channel
-        kept = (*kept, derived(dims[channels], out.shape[channels]))
+        kept = (*kept, samples + derived(axes[len(samples) :], size))
+    elif samples:
+        kept = (*kept, samples + anonymous(size))
     return [kept + tuple(map(anonymous, out.shape[len(kept) :]))]
 
 
@@ -211,13 +229,16 @@ def index(call: Call) -> Sequence[Dims]:
     return [(*rest[:at], *middle, *rest[at:])]
 
 
-def grid_sample(call: Call) -> Sequence[Dims]:
-    dims, grid = get_dims(call.tensor("input")), get_dims(call.tensor("grid"))
-    return [(merge([dims[0], grid[0]]), dims[1], *grid[1:-1])]
-
-
 def embedding(call: Call) -> Sequence[Dims]:
     return [(*get_dims(call.tensor("indices")), anonymous(call.outputs[0].shape[-1]))]
+
+
+def unfold(call: Call) -> Sequence[Dims]:
+    """Windows along one dimension: it counts them, and a new last dimension counts what is in them."""
+    x, out = call.first(), call.outputs[0]
+    dims, d = get_dims(x), call.arguments["dimension"] % max(x.dim(), 1)
+    call.mark_split(dims[d])
+    return [(*dims[:d], anonymous(out.shape[d]), *dims[d + 1 :], anonymous(out.shape[-1]))]
 
 
 def im2col(call: Call) -> Sequence[Dims]:
@@ -232,6 +253,12 @@ def unshuffle(call: Call) -> Sequence[Dims]:
     dims, out = get_dims(call.first()), call.outputs[0]
     channels = (*dims[-3], *anonymous(out.shape[-3] // call.first().shape[-3]))
     return [(*dims[:-3], channels, anonymous(out.shape[-2]), anonymous(out.shape[-1]))]
+
+
+def grid_sample(call: Call) -> Sequence[Dims]:
+    """The values of an image, at places of one's own for each sample."""
+    image, grid = get_dims(call.tensor("input")), get_dims(call.tensor("grid"))
+    return [(merge([image[0], grid[0]]), image[1], *grid[1:-1])]
 
 
 def make(call: Call) -> Sequence[Dims]:
@@ -265,8 +292,9 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("gate", pointwise, "sigmoid hardsigmoid"),
         ("softmax", like_first, "_softmax _safe_softmax"),
         ("norm", like_first, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-         "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm native_layer_norm "
-         "native_group_norm _fused_rms_norm"),
+         "_batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm native_group_norm "
+         "_fused_rms_norm"),
+        ("norm", layer_norm, "native_layer_norm"),
         ("pointwise", like_first, "_log_softmax cumsum cumprod tril triu"),
         ("move", like_first, "clone contiguous detach alias lift_fresh _to_copy to view_of"),
         ("make", shape_like, "zeros_like ones_like full_like empty_like rand_like randn_like fill zero uniform normal"),
@@ -297,6 +325,7 @@ def _table() -> dict[str, tuple[Kind, Rule]]:
         ("move", index, "index _unsafe_index"),
         ("move", grid_sample, "grid_sampler_2d grid_sampler_3d cudnn_grid_sampler"),
         ("move", embedding, "embedding"),
+        ("move", unfold, "unfold"),
         ("move", im2col, "im2col"),
         ("move", col2im, "col2im"),
         ("move", restride, "as_strided"),

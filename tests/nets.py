@@ -14,6 +14,7 @@ import nets_gates  # noqa: F401
 import nets_libraries  # noqa: F401
 import nets_strange  # noqa: F401
 import nets_tokens  # noqa: F401
+import nets_zoo  # noqa: F401
 from nets_base import NETS, REFUSED, Net, RefusedNet, randomise
 
 __all__ = ["NETS", "REFUSED", "Net", "RefusedNet", "randomise"]

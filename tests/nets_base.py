@@ -31,6 +31,7 @@ class Net:
         outer: Layer to how many times its site has the whole batch, where that is more than once.
         unbatched: Names of the inputs without a batch dimension.
         stochastic: Draws random numbers in training mode.
+        spreads_nan: In the base model a nan in one sample reaches the others.
         modes_differ: The graphs of training and of evaluation are not the same.
         half: Fit for bfloat16 and float16: nothing in it forces another dtype.
     """
@@ -48,6 +49,7 @@ class Net:
     class_dim: int = 1
     task: str = "classification"
     stochastic: bool = False
+    spreads_nan: bool = False
     modes_differ: bool = False
     half: bool = False
 

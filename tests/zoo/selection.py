@@ -23,9 +23,7 @@ def sharded() -> bool:
 
 def chosen(name: str, parts: int = 4) -> bool:
     """Whether `name` is looked at: one of so many parts, which changes with the commit, or everything."""
-    if not sharded():
-        return True
-    return int(hashlib.sha256(f"{name} {commit()}".encode()).hexdigest(), 16) % parts == 0
+    return not sharded() or in_part(name, parts)
 
 
 @cache
@@ -41,3 +39,8 @@ def commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def in_part(name: str, parts: int) -> bool:
+    """Whether `name` is in the one of so many parts that the commit chooses."""
+    return int(hashlib.sha256(f"{name} {commit()}".encode()).hexdigest(), 16) % parts == 0

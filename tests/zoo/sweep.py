@@ -2,7 +2,7 @@
 
     python tests/zoo/sweep.py                          # everything, on all cores; interrupt it and run it again
     python tests/zoo/sweep.py --only 'swin*' --fresh   # some of it, from the beginning
-    python tests/zoo/coverage.py                       # coverage.md and the table of the README, from the results
+    python tests/zoo/coverage_report.py                # coverage.md and the README's table, from the results
 
 Every architecture is made on the meta device and converted with the defaults. A result is a line of JSON, appended as
 soon as it is known, so a sweep that is cut off goes on where it stopped.
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import masksurgery
+from masksurgery.convert import default_inputs
 from masksurgery.kinds import is_layer
 from masksurgery.prediction import Prediction, RegressionPrediction
 
@@ -142,7 +143,7 @@ def inputs_of(library: str, name: str) -> tuple[Tensor] | None:
 def _check(row: Row) -> None:
     base = create(row.library, row.name)
     row.parameters = sum(p.numel() for p in base.parameters())
-    inputs = inputs_of(row.library, row.name) or masksurgery.convert.__globals__["default_inputs"](base)
+    inputs = inputs_of(row.library, row.name) or default_inputs(base)
     start = time.process_time()
     model = masksurgery.convert(base, example_inputs=inputs)
     row.seconds = round(time.process_time() - start, 2)
@@ -155,7 +156,8 @@ def _check(row: Row) -> None:
     layers = {name for name, module in base.named_modules() if is_layer(module)}
     if named != layers:
         raise AssertionError(f"not accounted for: {sorted(layers ^ named)[:5]}")
-    if list(model.state_dict())[: len(base.state_dict())] != list(base.state_dict()):
+    keys = set(base.state_dict())
+    if [key for key in model.state_dict() if key in keys] != list(base.state_dict()):
         raise AssertionError("the keys of the base model changed")
     for mode, batch in ((False, 2), (True, 5)):
         base.train(mode), model.train(mode)
@@ -194,7 +196,7 @@ def read_results(path: Path = RESULTS) -> list[Row]:
 def sweep(todo: Sequence[tuple[str, str]], jobs: int) -> Iterator[Row]:
     """The rows of these architectures, in the order in which they are done."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=run_quietly) as pool:
         futures = [pool.submit(check, *which) for which in todo]
         try:
             for future in as_completed(futures):
@@ -204,7 +206,8 @@ def sweep(todo: Sequence[tuple[str, str]], jobs: int) -> Iterator[Row]:
             raise
 
 
-def _one_thread() -> None:
+def run_quietly() -> None:
+    """On one thread, without the advice to fine-tune."""
     torch.set_num_threads(1)
     logging.getLogger("masksurgery").setLevel(logging.ERROR)
 

@@ -69,8 +69,9 @@ def test_numbers(entry: dict[str, Any]) -> None:
     x = images(entry, channels, 3)
     model = masksurgery.convert(base, n=MEMBERS, example_inputs=(x,))
     check_members(model, base, x)
-    check_isolation(model, x)
-    masksurgery.verify(model, base, images(entry, channels, 5), mode="train")
+    check_isolation(model, base, x)
+    # Eight images: over fewer values the statistics of BatchNorm amplify rounding until it is no longer rounding.
+    masksurgery.verify(model, base, images(entry, channels, 8), mode="train")
     site = random.Random(entry["name"]).choice(model.surgery.sites)
     assert flips_found(model, base, site.mask, (x,)), site
 
@@ -83,21 +84,30 @@ def check_members(model: ConvertedModel, base: nn.Module, x: Tensor) -> None:
     assert (members - members[:1]).abs().max() > 1e-3 * members.abs().max()
 
 
-def check_isolation(model: ConvertedModel, x: Tensor) -> None:
-    """Nan in one sample reaches no other; other masks of one member change no other member."""
+def check_isolation(model: ConvertedModel, base: nn.Module, x: Tensor) -> None:
+    """What becomes of one sample or of the masks of one member changes no other.
+
+    Nan reaches no other sample either, if it does not in the base model (csatv2 compares samples, all of them alike).
+    """
     before = members_of(model, x)
-    broken = x.clone()
-    broken[1] = float("nan")
+    size = before.abs().max()
+    other, broken = x.clone(), x.clone()
+    other[1], broken[1] = x[1].flip(-1), float("nan")
+    after = members_of(model, other)
+    assert (after[[0, 2]] - before[[0, 2]]).abs().max() <= 1e-12 * size
+    assert (after[1] - before[1]).abs().max() > 1e-6 * size
     after = members_of(model, broken)
     assert after[1].isnan().all()
-    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    with torch.no_grad():
+        if base(broken)[[0, 2]].isfinite().all():
+            assert torch.equal(after[[0, 2]], before[[0, 2]])
     rolled = [model.get_submodule(site.mask) for site in model.surgery.sites]
     for module in rolled:
         module.masks[1] = module.masks[1].roll(1)
     after = members_of(model, x)
     for module in rolled:
         module.masks[1] = module.masks[1].roll(-1)
-    assert (after[:, [0, 2]] - before[:, [0, 2]]).abs().max() <= 1e-12 * before.abs().max()
+    assert (after[:, [0, 2]] - before[:, [0, 2]]).abs().max() <= 1e-12 * size
     assert not torch.equal(after[:, 1], before[:, 1])
 
 

@@ -1,0 +1,52 @@
+"""coverage.md is what a sweep gives, and the README says what coverage.md says."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torchvision
+
+import coverage_report as coverage
+from selection import in_part
+from sweep import architectures, check, run_quietly
+
+ROWS = {(row.library, row.name): row for row in coverage.parse(coverage.COVERAGE.read_text(encoding="utf-8"))}
+TEXT = coverage.COVERAGE.read_text(encoding="utf-8")
+VERSIONS = [module.__version__.partition("+")[0] for module in (timm, torchvision)]
+CURRENT = f"timm {VERSIONS[0]}, torchvision {VERSIONS[1]}," in TEXT
+
+
+def test_the_readme_is_current() -> None:
+    text = coverage.README.read_text(encoding="utf-8")
+    assert coverage.update_readme(text, list(ROWS.values())) == text, "run tests/zoo/coverage_report.py --readme"
+
+
+def test_every_architecture_is_converted() -> None:
+    failed = {which: row.error for which, row in ROWS.items() if row.error}
+    assert failed == {}
+    assert sum(library == "timm" for library, _ in ROWS) >= 1371
+    assert {row.family for row in ROWS.values() if row.excluded} == {"detection", "quantization"}
+
+
+def test_as_many_layers_are_masked_as_in_the_trial() -> None:
+    line = next(line for line in TEXT.splitlines() if line.startswith("| sites |"))
+    chain = next(line for line in TEXT.splitlines() if line.startswith("| chain |"))
+    shares = [[float(cell.strip().rstrip("%")) for cell in row.split("|")[4:6]] for row in (line, chain)]
+    assert sum(now for _, now in shares) >= sum(before for before, _ in shares)
+
+
+@pytest.mark.zoo
+@pytest.mark.skipif(not CURRENT, reason="coverage.md is of other versions of timm or torchvision")
+def test_nothing_is_missing() -> None:
+    assert set(ROWS) == set(architectures())
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("which", [which for which in architectures() if in_part(which[1], 20)], ids=":".join)
+def test_a_twentieth(which: tuple[str, str]) -> None:
+    """Another one with each commit."""
+    run_quietly()
+    row = check(*which)
+    assert row.error is None
+    if CURRENT:
+        assert coverage.cells(row)[:-2] == coverage.cells(ROWS[which])[:-2], "run tests/zoo/sweep.py"
