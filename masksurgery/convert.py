@@ -90,7 +90,9 @@ def convert(
         unbatched: Names of inputs without a batch dimension.
     Returns:
         The converted model, in the mode of the base model. In eval it returns a `Prediction`, in training what the
-        base model returned.
+        base model returned. A number that the base model computes over the whole batch, such as the loss that
+        transformers' models return if labels are among their inputs, is handed on: in eval it is the loss over the
+        outputs of all members, which for a mean is the mean of the members' losses.
     Raises:
         MasksurgeryError: One of its kinds, before anything is changed.
     Source:
@@ -178,7 +180,7 @@ def _check_ready(model: nn.Module) -> None:
         if ".quantized." in type(module).__module__:
             raise ConfigError(
                 f"'{name}' is a {type(module).__name__}: int8 layers hold no floating-point channels to mask. Convert "
-                f"the model first, and quantise what comes out."
+                f"the model as it was before it was quantised."
             )
 
 
@@ -187,7 +189,7 @@ def _check_detection(model: nn.Module) -> None:
     if {"backbone", "transform"} <= set(model._modules) and "images" in inspect.signature(model.forward).parameters:
         name = type(model).__name__
         raise ConfigError(
-            f"{name} takes and returns lists, with as many boxes as it finds, which have no mean. Convert its "
+            f"{name} takes and returns lists, with as many boxes as it finds: these have no mean. Convert its "
             f"backbone: backbone = masksurgery.convert(model.backbone, example_inputs=(torch.zeros(1, 3, 320, 320),), "
             f'task="regression"), then backbone.output = "mean" and model.backbone = backbone.'
         )

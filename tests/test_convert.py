@@ -452,3 +452,22 @@ def test_nothing_to_fine_tune_where_masks_change_nothing(caplog: pytest.LogCaptu
     assert convert(scale=1.0).surgery.notes == ()
     assert convert(n=1).surgery.notes == ()
     assert not caplog.records
+
+
+class WritesIntoAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        x.view(-1, 4)[:, 0] = 0  # the trace would leave x as it was
+        return x
+
+
+def test_an_assignment_to_a_view_is_not_traced() -> None:
+    base = randomise(nn.Sequential(nn.Linear(5, 8), nn.GELU(), WritesIntoAView(), nn.Linear(8, 4))).double().eval()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    model = masksurgery.convert(base, example_inputs=(x,))
+    assert any("'2' is called as it is" in note and "part of another tensor" in note for note in model.surgery.notes)
+    masksurgery.verify(model, base, x)

@@ -29,7 +29,7 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images(name: str) -> None:
-    model, base = prove(IMAGES[name](), rows(3, 3, 64, 64))
+    model, _ = prove(IMAGES[name](), rows(3, 3, 64, 64))
     p = model(rows(2, 3, 64, 64).double())
     assert p.mean.shape == p.variance.shape == (2, 5)
     assert p.members.shape == (2, 4, 5)
@@ -88,7 +88,7 @@ def test_video_transformer() -> None:
 def test_optical_flow(name: str) -> None:
     """In float32: its coordinates are. Twelve updates with random weights would make much of every rounding."""
     given = {"image1": rows(2, 3, 128, 128), "image2": rows(2, 3, 128, 128, seed=1), "num_flow_updates": 2}
-    model, base = prove(getattr(optical_flow, name)(), options={"task": "regression"}, double=False, **given)
+    model, _ = prove(getattr(optical_flow, name)(), options={"task": "regression"}, double=False, **given)
     assert {site.outer for site in model.surgery.sites if site.layer.startswith("feature_encoder")} == {2}
     flows = model(**given)
     assert type(flows) is list and [p.mean.shape for p in flows] == [(2, 2, 128, 128)] * 2
