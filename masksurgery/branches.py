@@ -103,6 +103,11 @@ class Evaluator:
             self.active = False
         return self._known[0][node], self._known[1][node]
 
+    def is_shared(self, node: fx.Node) -> bool:
+        """What the node computes is a part of another tensor, or is another node's too."""
+        x = self.compute(node)[0]
+        return x._is_view() or any(value is x for other, value in self._known[0].items() if other is not node)
+
     def _missing(self, node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
         """What has to be computed for a node, in the order of the graph."""
         needed, stack = set(), [node]

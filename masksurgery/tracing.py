@@ -153,7 +153,8 @@ class Tracer(fx.Tracer):
         Raises:
             TraceError: x is a view, a parameter or a buffer: others would see the assignment, too.
         """
-        if node.op == "get_attr" or self._compute(node)[0]._is_view():
+        self._compute(node)
+        if node.op == "get_attr" or cast(Evaluator, self._evaluator).is_shared(node):
             raise TraceError(f"'{node.name}', which is assigned to, is a part of another tensor, or of the module")
         return self.create_proxy("call_function", assigned, (self.proxy(node), key, value), {}).node
 

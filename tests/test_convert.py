@@ -471,3 +471,21 @@ def test_an_assignment_to_a_view_is_not_traced() -> None:
     model = masksurgery.convert(base, example_inputs=(x,))
     assert any("'2' is called as it is" in note and "part of another tensor" in note for note in model.surgery.notes)
     masksurgery.verify(model, base, x)
+
+
+def test_an_assignment_to_what_an_identity_passed_on_is_not_traced() -> None:
+    class Passed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.same, self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Identity(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            y = self.same(x)
+            y[:, 0] = 1.0  # x has it, too
+            return self.head(x)
+
+    base, x = Passed().double().eval(), torch.randn(3, 6).double()
+    model = masksurgery.convert(base, example_inputs=(x,), where="head")
+    assert "part of another tensor" in model.surgery.notes[0]
+    masksurgery.verify(model, base, x)
