@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from masksurgery.branches import Evaluator, Value, assigned, common, reads_sizes, same_branch
@@ -19,8 +20,8 @@ from masksurgery.kinds import compiled_module, holds_layer, is_layer, is_norm, r
 from masksurgery.opaque import Opaque
 from masksurgery.types import TraceError
 
-# They make a tensor of sizes and take no tensor, so that older torch.fx does not notice a size that is a Proxy.
-FACTORIES = (
+# Older torch.fx does not notice a size that is a Proxy in what takes no tensor, and in the groups of a convolution.
+OF_SIZES = (
     torch.arange,
     torch.empty,
     torch.eye,
@@ -31,6 +32,9 @@ FACTORIES = (
     torch.randn,
     torch.tensor,
     torch.zeros,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
 )
 
 EINOPS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
@@ -67,8 +71,8 @@ class Tracer(fx.Tracer):
     ) -> None:
         modules, functions = _timm_leaves()
         layers, operations = _einops_leaves()
-        super().__init__(autowrap_functions=(*functions, *operations, *FACTORIES))
-        self._autowrap_search += [torch, *_loaded("einops")]
+        super().__init__(autowrap_functions=(*functions, *operations, *OF_SIZES))
+        self._autowrap_search += [torch, F, *_loaded("einops")]
         self.example = example
         self.leaf_types = leaf_types
         self.opaque = opaque
