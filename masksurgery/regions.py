@@ -20,8 +20,9 @@ from masksurgery.inputs import placeholder_values
 from masksurgery.kinds import channel_dim_of, holds_layer, is_layer, rank_of
 from masksurgery.layout import Facts, analyse
 from masksurgery.opaque import Opaque
-from masksurgery.tracing import Traces, trace
+from masksurgery.tracing import Traces, opaque_traces, trace
 from masksurgery.tracker import InnerCall
+from masksurgery.types import LayoutError
 
 
 @dataclass(eq=False)
@@ -101,23 +102,9 @@ def explore(
     Raises:
         TraceError, LayoutError: It can be neither traced nor run.
     """
-    traces = trace(module, example, leaf_types)
-    root = traces.module
-    inside = {target: modules_inside(root, target) for target in traces.opaque}
-    watch = {inner for names in inside.values() for inner in names}
-
-    def facts(graph: fx.Graph, training: bool) -> dict[fx.Node, Facts]:
-        return analyse(graph, root, example, channel_dim, watch, training)
-
-    def channel_dim(node: fx.Node) -> int | None:
-        if is_layer(root) and node is _result(node.graph):
-            return -rank_of(root)
-        return channel_dim_of(root, node)
-
-    eval_facts = facts(traces.eval, False)
-    train_facts = eval_facts if traces.train is traces.eval else facts(traces.train, True)
-    region = Region(name, example, traces, eval_facts, train_facts)
-    for node, fact in eval_facts.items():
+    region = _trace_and_analyse(module, example, leaf_types, name)
+    root = region.traces.module
+    for node, fact in region.facts.items():
         for inner, calls in _by_name(fact.calls).items():
             child, full = root.get_submodule(inner), region.qualified(inner)
             part_example = known.get(full) if known is not None else _example_of(child, calls)
@@ -129,6 +116,36 @@ def explore(
             part.exits.extend(call.exits for call in calls)
             region.parts.setdefault(node, []).append(part)
     return region
+
+
+def _trace_and_analyse(module: nn.Module, example: Example, leaf_types: tuple[type, ...], name: str) -> Region:
+    traces = trace(module, example, leaf_types)
+    try:
+        return _analysed(name, example, traces)
+    except LayoutError as error:
+        # The trace may have gone a way that the model does not go: isinstance(x, Tensor) is false of a symbol.
+        opaque = opaque_traces(module, example, str(error)) if traces.module is module else traces
+        try:
+            return _analysed(name, example, opaque)
+        except LayoutError:
+            raise error from error.__cause__
+
+
+def _analysed(name: str, example: Example, traces: Traces) -> Region:
+    root = traces.module
+    watch = {inner for target in traces.opaque for inner in modules_inside(root, target)}
+
+    def channel_dim(node: fx.Node) -> int | None:
+        if is_layer(root) and node is _result(node.graph):
+            return -rank_of(root)
+        return channel_dim_of(root, node)
+
+    def facts(graph: fx.Graph, training: bool) -> dict[fx.Node, Facts]:
+        return analyse(graph, root, example, channel_dim, watch, training)
+
+    eval_facts = facts(traces.eval, False)
+    train_facts = eval_facts if traces.train is traces.eval else facts(traces.train, True)
+    return Region(name, example, traces, eval_facts, train_facts)
 
 
 def _result(graph: fx.Graph) -> fx.Node:

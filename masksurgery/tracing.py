@@ -244,7 +244,7 @@ def trace(model: nn.Module, example: Example, leaf_types: tuple[type, ...] = ())
     for name in used & (set(vars(traced)) - set(vars(model))):
         model.register_buffer(name, vars(traced)[name], persistent=False)
     if not graphs:
-        return _opaque_traces(model, example, causes[traced])
+        return opaque_traces(model, example, causes[traced])
     notes = [f"hooks of '{name}' are not called" for name in _hooked_containers(model, graphs[0])]
     compiled = [name for name, module in model.named_modules() if compiled_module(module) is not None]
     notes += [f"'{name}' is not compiled any more: compile the converted model" for name in compiled]
@@ -286,7 +286,7 @@ def _alike(model: nn.Module, failed: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if m is failed or (own and type(m) is type(failed))]
 
 
-def _opaque_traces(model: nn.Module, example: Example, cause: str) -> Traces:
+def opaque_traces(model: nn.Module, example: Example, cause: str) -> Traces:
     """The model as one call, in a module that has its children, parameters and buffers under the same names."""
     root, name = Opaque.around(model)
     graph = fx.Graph()

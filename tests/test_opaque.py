@@ -332,3 +332,31 @@ def test_what_cannot_be_run_either() -> None:
 
     with pytest.raises(LayoutError, match="The model cannot be run, on its example inputs: node 'opaque'"):
         masksurgery.convert(Broken(), example_inputs=(torch.zeros(2, 4),))
+
+
+def test_a_trace_that_goes_another_way_than_the_model() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = conv_bn_relu(24, 12)
+
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            if isinstance(skip, Tensor):  # no symbol is one
+                x = torch.cat([x, skip], 1)
+            return self.convs(x)
+
+    class Concatenating(Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = Up()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.pool(self.up(self.blocks[0](x), x)))
+
+    base, x = make(Concatenating)
+    model = convert(base, x)
+    assert [site.layer for site in model.surgery.sites] == ["stem.0", "blocks.0.conv1", "blocks.0.conv2", "up.convs.0"]
+    assert sum(note.startswith("opaque") for note in model.surgery.notes) == 2
+    masksurgery.verify(model, base, x)
+    masksurgery.verify(model, base, x, mode="train")
