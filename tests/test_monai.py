@@ -41,6 +41,7 @@ def test_segresnet() -> None:
     assert skipped_as(model, "output") == {"conv_final.2.conv"}
 
 
+@pytest.mark.slow
 def test_swin_unetr() -> None:
     """Its windows are masked by assignments to a tensor of sizes, and rearranged by einops."""
     base = nets.SwinUNETR(in_channels=1, out_channels=3, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4))

@@ -11,7 +11,10 @@ from proofs import prove, rows, skipped_as
 SMALL = {"encoder_name": "tu-resnet10t", "encoder_weights": None, "classes": 4}
 
 
-@pytest.mark.parametrize("name", ["Unet", "UnetPlusPlus", "FPN", "DeepLabV3Plus", "Segformer", "MAnet", "UPerNet"])
+QUICK, SLOW = ("Unet", "FPN", "DeepLabV3Plus", "Segformer"), ("UnetPlusPlus", "MAnet", "UPerNet")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_architectures(name: str) -> None:
     model, _ = prove(getattr(smp, name)(**SMALL), rows(3, 3, 64, 64))
     assert skipped_as(model, "output") == {"segmentation_head.0"}

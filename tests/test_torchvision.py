@@ -84,7 +84,8 @@ def test_video_transformer() -> None:
     assert len(model.surgery.sites) == 1 + 4 * 2 + 1
 
 
-@pytest.mark.parametrize("name", ["raft_small", pytest.param("raft_large", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raft_small", "raft_large"])
 def test_optical_flow(name: str) -> None:
     """In float32: its coordinates are. Twelve updates with random weights would make much of every rounding."""
     given = {"image1": rows(2, 3, 128, 128), "image2": rows(2, 3, 128, 128, seed=1), "num_flow_updates": 2}
@@ -104,7 +105,7 @@ DETECTION = {
 }
 
 
-@pytest.mark.parametrize("name", DETECTION)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("50" in name)) for name in DETECTION])
 def test_detection_is_converted_by_its_backbone(name: str) -> None:
     base = getattr(detection, name)(**NONE, num_classes=3)
     images = [rows(3, 64, 80).abs(), rows(3, 70, 64).abs()]
@@ -117,6 +118,7 @@ def test_detection_is_converted_by_its_backbone(name: str) -> None:
     assert all(p.mean.shape == p.variance.shape and p.mean.shape[0] == 2 for p in maps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
 def test_a_detection_model_runs_and_learns_on_a_converted_backbone(name: str) -> None:
     torch.manual_seed(0)
