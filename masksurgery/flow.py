@@ -168,7 +168,7 @@ class Flow:
         return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
 
     def _only_reaches_output(self, node: fx.Node, axis: Axis) -> bool:
-        """All that becomes of the channels is output, by whatever sums: two heads whose logits are added."""
+        """All that becomes of the channels is output, by whatever sums of heads: such as two whose logits are added."""
         if self.owner is not None:
             return False
         stack, seen = [(node, axis)], {axis}
@@ -181,9 +181,18 @@ class Flow:
                 children = fact.children.get(part, set())
                 if not children or "sum" in fact.kinds:  # an encoder layer adds to the channels what it has mixed
                     return False
+                others = [other for other in self.data_inputs(reader) if other is not source]
+                if self._adds_branch(reader) and any(len(self.readers(self._seen_through(x))) > 1 for x in others):
+                    return False  # a shortcut, and no other head
                 stack.extend((reader, child) for child in children - seen)
                 seen |= children
         return True
+
+    def _seen_through(self, node: fx.Node) -> fx.Node:
+        """What an Identity, or dropout in eval, passes on."""
+        while self.passes(node) and node.op != "placeholder" and len(self.readers(node)) == 1:
+            (node,) = self.data_inputs(node)
+        return node
 
     def _faults(self, reader: fx.Node, axis: Axis, children: set[Axis]) -> list[str]:
         """Why a reader forbids a mask on an axis that it reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -269,7 +270,8 @@ def _trace_both(
         model.train(len(graphs) == 1)
         tracer = Tracer(model, example, leaf_types, causes)
         try:
-            graphs.append(_trace(tracer, model))
+            with _symbols_forgotten(model):
+                graphs.append(_trace(tracer, model))
         except Exception as error:  # a model's forward may raise whatever it likes when it meets a Proxy
             failed = tracer.failed if tracer.failed is not None and tracer.failed not in causes else model
             cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
@@ -278,6 +280,20 @@ def _trace_both(
             if failed is model:
                 break
     return graphs
+
+
+@contextlib.contextmanager
+def _symbols_forgotten(model: nn.Module) -> Iterator[None]:
+    """A forward that keeps what it computes has kept symbols of this trace, which mean nothing to the next one."""
+    places = [place for module in model.modules() for place in (vars(module), module._buffers)]
+    before = [dict(place) for place in places]
+    try:
+        yield
+    finally:
+        for place, known in zip(places, before, strict=True):
+            for name in [name for name, value in place.items() if isinstance(value, fx.Proxy)]:
+                del place[name]
+                place.update({name: known[name]} if name in known else {})
 
 
 def _alike(model: nn.Module, failed: nn.Module) -> list[nn.Module]:
