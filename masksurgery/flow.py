@@ -168,7 +168,10 @@ class Flow:
         return Fate(min(reasons, key=_rank) if reasons else None, frozenset(region))
 
     def _only_reaches_output(self, node: fx.Node, axis: Axis) -> bool:
-        """All that becomes of the channels is output, by whatever sums of heads: such as two whose logits are added."""
+        """All that becomes of the channels is output, by sums of heads alone: two whose logits are added.
+
+        A residual branch is added to a stream of such sums instead, and what it leaves out is no constant.
+        """
         if self.owner is not None:
             return False
         stack, seen = [(node, axis)], {axis}
@@ -182,17 +185,20 @@ class Flow:
                 if not children or "sum" in fact.kinds:  # an encoder layer adds to the channels what it has mixed
                     return False
                 others = [other for other in self.data_inputs(reader) if other is not source]
-                if self._adds_branch(reader) and any(len(self.readers(self._seen_through(x))) > 1 for x in others):
-                    return False  # a shortcut, and no other head
+                if self._adds_branch(reader) and any(map(self._is_stream, others)):
+                    return False
                 stack.extend((reader, child) for child in children - seen)
                 seen |= children
         return True
 
-    def _seen_through(self, node: fx.Node) -> fx.Node:
-        """What an Identity, or dropout in eval, passes on."""
-        while self.passes(node) and node.op != "placeholder" and len(self.readers(node)) == 1:
-            (node,) = self.data_inputs(node)
-        return node
+    def _is_stream(self, node: fx.Node) -> bool:
+        """A sum of branches, with nothing but norms and activations since: what residual blocks add to."""
+        while not self._adds_branch(node):
+            sources = self.data_inputs(node)
+            if len(sources) != 1 or {"mix", "product"} & set(self.facts[node].kinds):
+                return False
+            (node,) = sources
+        return True
 
     def _faults(self, reader: fx.Node, axis: Axis, children: set[Axis]) -> list[str]:
         """Why a reader forbids a mask on an axis that it reads."""

@@ -47,7 +47,7 @@ class Tracker(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if rule is None:
             self.seen.update(map(id, given))
-            if reads_input:
+            if reads_input and outputs:
                 self.unknown.append(str(func))
             for x in outputs:
                 set_dims(x, tuple((Axis(size),) if size != 1 else () for size in x.shape))

@@ -14,6 +14,7 @@ from nets_conv import Classifier, conv3
 
 IMAGE = shaped((3, 8, 8))
 VECTOR = shaped((5,))
+TOKENS = shaped((6, 5))
 OUTPUT = {"head": "output"}
 
 
@@ -39,6 +40,19 @@ class ResidualOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up(F.relu(self.conv(x))))
         return x + self.last(x)
+
+
+# Features without a head, as of a ViT with num_classes=0: the last branch is added to a stream, and masked as others.
+@hazard("stream_output", TOKENS, "fc0->fc0 fc1->fn:gelu fc2->fc2")
+class StreamOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc0, self.fc1, self.fc2 = nn.Linear(5, 5), nn.Linear(5, 8), nn.Linear(8, 5)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc0(x)
+        return self.norm(x + self.fc2(F.gelu(self.fc1(x)))).mean(1)
 
 
 # torch.fx would make a dict of it.
