@@ -28,11 +28,16 @@ def test_every_architecture_is_converted() -> None:
     assert {row.family for row in ROWS.values() if row.excluded} == {"detection", "quantization"}
 
 
-def test_as_many_layers_are_masked_as_in_the_trial() -> None:
-    line = next(line for line in TEXT.splitlines() if line.startswith("| sites |"))
-    chain = next(line for line in TEXT.splitlines() if line.startswith("| chain |"))
-    shares = [[float(cell.strip().rstrip("%")) for cell in row.split("|")[4:6]] for row in (line, chain)]
-    assert sum(now for _, now in shares) >= sum(before for before, _ in shares)
+def test_layers_that_have_no_mask_have_a_reason_that_holds() -> None:
+    """A ratchet: a rule that masks less has to be looked at."""
+    layers, sites, chain = (
+        next(int(line.split("|")[3]) for line in TEXT.splitlines() if line.startswith(f"| {name} |"))
+        for name in ("layers", "sites", "chain")
+    )
+    assert (sites + chain) / layers > 0.73
+    total = sum(row.layers for row in ROWS.values())
+    other = sum(row.skipped.get("other", 0) for row in ROWS.values())
+    assert other / total < 0.012
 
 
 @pytest.mark.zoo
