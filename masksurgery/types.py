@@ -51,6 +51,10 @@ class VerificationError(MasksurgeryError):
     """The converted model is not the base model with its masks multiplied in."""
 
 
+class TrainingError(MasksurgeryError):
+    """A training run cannot go on, or not from here."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the batch and the channels of a tensor are.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,30 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], text: str, identity: 
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if nothing came into it
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not: under another name first, which then takes the place of what was there.
+
+    Args:
+        path: The file.
+        write: Writes it to the path that it is given.
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        write(draft)
+        _sync(draft)
+        os.replace(draft, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise CheckpointError(
+            f"{path}: cannot be written ({one_line(error)}). What was there before is as it was."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _replace_both(folder: Path, weights: Path, config: Path, backup: Path) -> None:

@@ -1,0 +1,284 @@
+"""Fine-tune a converted model, or its base model by the same code, on Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from masksurgery.checkpoint import load, load_base, save
+from masksurgery.data import Data, DataConfig, open_data
+from masksurgery.images import image_input, pretrained_cfg
+from masksurgery.loading import Augmentation, Preprocessing, eval_batches, steps_per_epoch, train_batches
+from masksurgery.losses import Objective, choose_loss, first_prediction
+from masksurgery.model import ConvertedModel
+from masksurgery.recalibrate import recalibrate
+from masksurgery.runs import RunFolder
+from masksurgery.sites import output_layers
+from masksurgery.trainer import Observer, Trainer
+from masksurgery.training_config import FREE, FinetuneConfig
+from masksurgery.types import ConfigError
+from masksurgery.weights import collect_tensors, write_folder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECALIBRATION_IMAGES = 2048
+"""Mean and variance over so many images differ from those over all by a few per cent of a standard deviation."""
+
+INSTALL = 'Fine-tuning runs on Hugging Face Accelerate, which is not installed: pip install "masksurgery[train]".'
+
+
+def finetune(
+    model: ConvertedModel | str | Path,
+    data: DataConfig,
+    output: str | Path,
+    *,
+    config: FinetuneConfig | None = None,
+    augmentation: Augmentation | None = None,
+    base_only: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    trust: bool = False,
+    observer: Observer | None = None,
+) -> Path:
+    """Fine-tune a model, and leave the best one by validation in a folder that `load` and `predict` take.
+
+    Beside it stand the last one (`last`), the figures (`metrics.csv`) and the state that `resume` goes on from. On CPU
+    a run that was killed and resumed ends with bitwise the weights of one that was not. Every process of
+    `accelerate launch` calls this.
+
+    Args:
+        model: A converted model, which is not changed, or a folder that `save` wrote.
+        data: What to train on.
+        output: The folder of the run.
+        config: The settings.
+        augmentation: Of the training images.
+        base_only: Train the base model, without masks, instead; the folder is then one of timm's (`local-dir:`).
+        resume: Go on with the run in `output`, if there is one.
+        force: Begin anew in a folder that is not empty.
+        trust: Run the user's own factory that the model's folder names.
+        observer: Is told what is going on.
+    Returns:
+        The folder.
+    Raises:
+        ConfigError: The settings, the model and the data do not go together; nothing has been written.
+        DataError: An image cannot be read.
+        Interrupted: By SIGINT or SIGTERM, after the state was saved.
+        TrainingError: The loss or a weight is no number.
+        CheckpointError: A file cannot be read or written.
+    """
+    config, augmentation, folder = config or FinetuneConfig(), augmentation or Augmentation(), RunFolder(Path(output))
+    if base_only and not isinstance(model, (str, Path)):
+        raise ConfigError("base_only=True needs the folder of the converted model, which its base model is read from.")
+    with _accelerator(config, folder.path) as accelerator:
+        converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
+        objective = _choose_objective(converted, config)
+        with accelerator.main_process_first():  # what it downloads, the others find
+            parts = open_data(data, task=converted.settings.task)
+        loaders = _Loaders.of(converted, parts, config, augmentation, accelerator)
+        _check_outputs(converted, parts)
+        trained = output_layers(converted) if config.freeze else None
+        module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
+        _set_classes(module, parts.classes)
+        settings = _settings(module, data, parts, config, augmentation, base_only)
+        if accelerator.is_main_process:
+            folder.begin(settings, resume, force)
+        accelerator.wait_for_everyone()
+        if config.log_with:
+            accelerator.init_trackers("masksurgery", {name: str(value) for name, value in asdict(config).items()})
+        Trainer(
+            module,
+            loaders,
+            loaders.steps_per_epoch,
+            config,
+            objective,
+            accelerator,
+            folder,
+            save=partial(_save_base, source=converted) if base_only else partial(save, force=True),
+            mixup=_create_mixup(converted, parts, config),
+            trained=trained,
+            prepare=loaders.recalibrate if config.recalibrate and not base_only and not config.freeze else None,
+            observer=observer,
+        ).run()
+    return folder.path
+
+
+# --- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]:
+    """Accelerate for one run; what it keeps for the process is given back, if nobody had asked for it before."""
+    if find_spec("accelerate") is None:
+        raise ConfigError(INSTALL)
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import LoggerType
+
+    known = [str(kind.value) for kind in LoggerType if kind is not LoggerType.ALL]
+    for name in config.log_with:
+        if name not in known:
+            raise ConfigError(f"log_with={name!r} is no tracker of Accelerate. Pass some of {', '.join(known)}.")
+        if find_spec(name) is None:
+            raise ConfigError(f"log_with={name!r} needs a package that is not installed: pip install {name}.")
+    fresh = not AcceleratorState._shared_state
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=list(config.log_with) or None,
+            project_dir=project,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+        )
+    except ValueError as error:  # such as fp16 on a device without it
+        raise ConfigError(f"Accelerate cannot be set up: {error}") from error
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.free_memory()
+        if fresh:
+            AcceleratorState._reset_state()
+
+
+# --- what goes together ----------------------------------------------------------------------------------------------
+
+
+def _choose_objective(model: ConvertedModel, config: FinetuneConfig) -> Objective:
+    settings = model.settings
+    loss = choose_loss(settings.task, settings.heteroscedastic, config.loss)
+    if (config.mixup or config.cutmix) and settings.task != "classification":
+        raise ConfigError(f"mixup and cutmix mix classes; this model has task={settings.task!r}. Leave them at 0.")
+    return Objective(settings.task, loss, settings.class_dim, config.label_smoothing)
+
+
+def _create_mixup(model: ConvertedModel, parts: Data, config: FinetuneConfig) -> Any:
+    from timm.data import Mixup
+
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=_outputs(model))
+
+
+def _outputs(model: ConvertedModel) -> int:
+    """The number of classes, or of numbers, that the model returns for a sample."""
+    shape, dtype = image_input(model)
+    before, model.output = model.output, "prediction"
+    try:
+        with torch.no_grad():
+            found = first_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
+    finally:
+        model.output = before
+    assert found is not None  # an output without a batch dimension is refused by convert
+    dim = model.settings.class_dim if model.settings.task != "regression" else 1
+    return found.mean.shape[dim] if found.mean.dim() > 1 else 1
+
+
+def _check_outputs(model: ConvertedModel, parts: Data) -> None:
+    found, wanted = _outputs(model), parts.outputs
+    if found != wanted:
+        what = "classes" if parts.classes else "targets"
+        raise ConfigError(
+            f"The model has {found} outputs, the data {wanted} {what}. Convert the base model again with "
+            f"--num-classes {wanted}."
+        )
+
+
+def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
+    """Name the classes in what `predict` reads."""
+    if classes is None:
+        return
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "num_classes": len(classes), "label_names": classes}
+    cfg.pop("label_descriptions", None)
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
+
+
+def _settings(
+    module: nn.Module,
+    data: DataConfig,
+    parts: Data,
+    config: FinetuneConfig,
+    augmentation: Augmentation,
+    base_only: bool,
+) -> dict[str, Any]:
+    """What makes a run the one that it is."""
+    found = {"train": len(parts.train), "val": len(parts.val), "classes": parts.classes}
+    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return {
+        "model": _fingerprint(module),
+        "base_only": base_only,
+        "data": asdict(data),
+        "found": found,
+        "augmentation": asdict(augmentation),
+        "config": own,
+    }
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Of all weights and masks: a run goes on from the model that it was begun with."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save_base(model: nn.Module, folder: Path, source: ConvertedModel) -> None:
+    """A base model as timm writes its models for the hub: `timm.create_model("local-dir:...")` reads it."""
+    tensors, aliases = collect_tensors(model, folder)
+    tensors |= {name: tensors[first].clone() for name, first in aliases.items()}  # under all names, as timm reads them
+    cfg = plain_cfg(getattr(model, "pretrained_cfg", None)) or {}
+    recipe = source.recipe or {}
+    config = {
+        "architecture": cfg.get("architecture") or recipe.get("name"),
+        "num_classes": cfg.get("num_classes"),
+        "model_args": {
+            name: x for name, x in recipe.get("kwargs", {}).items() if name not in ("pretrained_cfg", "num_classes")
+        },
+        "pretrained_cfg": cfg,
+    }
+    text = json.dumps(config, indent=2)
+    write_folder(folder, tensors, text, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaders:
+    """The batches of one process."""
+
+    parts: Data
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    config: FinetuneConfig
+    steps_per_epoch: int
+    rank: int
+    world: int
+
+    @classmethod
+    def of(cls, model, parts, config, augmentation, accelerator) -> _Loaders:
+        shape, dtype = image_input(model)
+        share = config.batch_size / accelerator.num_processes / config.accumulate
+        ...
+
+    def train(self, start: int, stop: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return self._train(self.augmentation, start, stop)
+
+    def val(self) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Re-estimate statistics over training images as they are in evaluation."""
+        ...

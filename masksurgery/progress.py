@@ -1,0 +1,106 @@
+"""What a training run prints: a bar while it runs, and a line for each epoch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from masksurgery.events import Begun, Measured
+from masksurgery.tables import err, out
+
+TITLES = {
+    "epoch": 5,
+    "train loss": 10,
+    "train acc": 9,
+    "val nll": 9,
+    "val mse": 9,
+    "val acc": 8,
+    "images/s": 9,
+    "time": 8,
+}
+"""The columns of the table, with their widths."""
+
+
+class TrainingProgress(AbstractContextManager["TrainingProgress"]):
+    """Shows a run: a bar on standard error where that is a terminal, the figures of each epoch on standard output.
+
+    Args:
+        shown: Whether this process prints; of several only the main one does.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self.shown = shown
+        self.titles: list[str] = []
+        self.steps_per_epoch = self.epochs = 1
+        self.task = TaskID(0)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=err(), transient=True) if shown and err().is_terminal else None
+
+    def __enter__(self) -> TrainingProgress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: Begun | Measured) -> None:
+        if not self.shown:
+            return
+        if isinstance(event, Begun):
+            self._begin(event)
+        elif event.val is not None:
+            self._print_epoch(event, event.val)
+        elif self.bar is not None:
+            self.bar.update(
+                self.task, completed=event.step, description=self._where(event.step), figures=_figures(event)
+            )
+
+    def _begin(self, event: Begun) -> None:
+        self.steps_per_epoch, self.epochs = event.steps_per_epoch, event.steps // event.steps_per_epoch
+        if event.step:
+            out().print(f"Going on after step {event.step} of {event.steps}.")
+        if self.bar is not None:
+            self.task = self.bar.add_task(self._where(event.step), total=event.steps, completed=event.step, figures="")
+
+    def _where(self, step: int) -> str:
+        epoch = min(step // self.steps_per_epoch + 1, self.epochs)
+        return f"epoch {epoch}/{self.epochs}"
+
+    def _print_epoch(self, event: Measured, val: dict[str, float] | object) -> None:
+        cells = _cells(event)
+        if not self.titles:
+            self.titles = [title for title in TITLES if title in cells]
+            out().print("  ".join(f"{title:>{TITLES[title]}}" for title in self.titles))
+        line = "  ".join(f"{cells[title]:>{TITLES[title]}}" for title in self.titles)
+        out().print(line + ("  best" if event.best else ""))
+
+
+def _cells(event: Measured) -> dict[str, str]:
+    val = event.val or {}
+    cells = {"epoch": str(event.epoch), "train loss": f"{event.train_loss:.4f}"}
+    if event.train_accuracy is not None:
+        cells["train acc"] = f"{event.train_accuracy:.3f}"
+    cells |= {f"val {name}": f"{val[name]:.4f}" for name in ("nll", "mse") if name in val}
+    if "accuracy" in val:
+        cells["val acc"] = f"{val['accuracy']:.3f}"
+    return cells | {"images/s": f"{event.images_per_second:.0f}", "time": _time(event.seconds)}
+
+
+def _figures(event: Measured) -> str:
+    accuracy = "" if event.train_accuracy is None else f"  acc {event.train_accuracy:.3f}"
+    return f"loss {event.train_loss:.4f}{accuracy}  {event.images_per_second:.0f} images/s"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,365 @@
+"""The loop of fine-tuning: on one CPU or many machines, with a state that is never lost.
+
+Whatever is random in a step is drawn by (seed, step, process), and the batches of a step by (seed, step): so a run that
+was killed goes on from its last state as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from masksurgery.events import Begun, Interrupted, Measured, Observer
+from masksurgery.layers import Members, repeat_targets
+from masksurgery.losses import Objective
+from masksurgery.model import ConvertedModel
+from masksurgery.optimisation import create_ema, create_optimizer
+from masksurgery.randomness import forked_random_state, seed_everything
+from masksurgery.runs import RunFolder
+from masksurgery.stopping import StopRequest
+from masksurgery.training_config import FinetuneConfig
+from masksurgery.types import TrainingError
+from masksurgery.validation import Stopped, validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Batches(Protocol):
+    """Batches of images and targets, for this process."""
+
+    def train(self, start: int, stop: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Those of the steps start to stop - 1."""
+
+    def val(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Every validation sample once."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: what is saved besides the tensors.
+
+    Attributes:
+        step: Steps that are done.
+        evaluated: The epoch that ends with this step has been evaluated.
+        best: The smallest criterion in validation.
+        epoch_sums: Sum of the losses, of the accuracies, and number of steps since the epoch began.
+        recent: Losses and accuracies since the last row of the metrics.
+        seconds: Time that the run has taken.
+    """
+
+    step: int = 0
+    evaluated: bool = True
+    best: float = math.inf
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    recent: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains a model in place.
+
+    Args:
+        model: A converted model, or a base model.
+        mixup: Mixes the samples of a batch, and their targets.
+        trained: Names of the modules that are trained; None for all.
+        batches: Of this process.
+        steps_per_epoch: Steps of an epoch.
+        config: The settings.
+        objective: The loss and the scores.
+        accelerator: Accelerate's: devices, processes and precision.
+        folder: Of the run; it has been begun.
+        save: Saves the model to a folder, whole or not.
+        prepare: Called once before the first step, on the main process, with the model.
+        observer: Is told what is going on, on the main process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        steps_per_epoch: int,
+        config: FinetuneConfig,
+        objective: Objective,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        save: Callable[[nn.Module, Any], object],
+        mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        trained: tuple[str, ...] | None = None,
+        prepare: Callable[[nn.Module], object] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.module, self.batches, self.steps_per_epoch = model, batches, steps_per_epoch
+        self.config, self.objective, self.accelerator, self.folder = config, objective, accelerator, folder
+        self.save, self.mixup, self.trained, self.prepare, self.observer = save, mixup, trained, prepare, observer
+        self.steps = config.epochs * steps_per_epoch
+        self.progress = Progress()
+        self.stop = StopRequest()
+        self._pending: list[Tensor] = []
+
+    def run(self) -> Progress:
+        """Train from the folder's state, if it has one, to the end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM has come; the state is saved.
+            TrainingError: The loss or a weight is no number.
+            CheckpointError: A file cannot be written.
+        """
+        with forked_random_state(self.accelerator.device), self.stop:
+            self._set_up()
+            self._clock = time.perf_counter()
+            self._epoch_since = (self._clock, self.progress.step)
+            self._tell(Begun(self.progress.step, self.steps, self.steps_per_epoch))
+            if not self.progress.evaluated:
+                self._end_epoch()
+            self._since = self._epoch_since = (time.perf_counter(), self.progress.step)
+            start = self.progress.step
+            for x, y in self.batches.train(start, self.steps) if start < self.steps else ():
+                self._step(x, y)
+                self._after_step()
+        return self.progress
+
+    # --- beginning ---------------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        state = self.folder.read_state()
+        if state is None and self.prepare is not None:
+            if self.accelerator.is_main_process:  # the others get its buffers when the model is wrapped
+                self.module.to(self.accelerator.device)
+                self.prepare(self.module)
+            self.accelerator.wait_for_everyone()
+        self._freeze()
+        if state is not None:
+            self.module.load_state_dict(state["model"])
+        self.optimizer, self.scheduler = create_optimizer(self.module, self.config, self.steps_per_epoch)
+        self.ema = create_ema(self.module.to(self.accelerator.device), self.config)
+        self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        if self.ema is not None and self.accelerator.num_processes > 1:
+            self.ema.module.load_state_dict(self.module.state_dict())  # what the main process has prepared
+        if state is not None:
+            self._restore(state)
+        if self.accelerator.is_main_process:
+            self.folder.keep_metrics(self.progress.step)
+        self._train_mode()
+
+    def _freeze(self) -> None:
+        if self.trained is None:
+            return
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(self._is_trained(name))
+
+    def _is_trained(self, name: str) -> bool:
+        return self.trained is None or any(name == own or name.startswith(f"{own}.") for own in self.trained)
+
+    def _train_mode(self) -> None:
+        """Training mode; what is frozen stays as it is, statistics and dropout included."""
+        self.model.train()
+        if self.trained is None:
+            return
+        for name, module in self.module.named_modules():
+            if name and not isinstance(module, Members):
+                module.train(self._is_trained(name))  # containers come before what is in them
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        c, a, step = self.config, self.accelerator, self.progress.step
+        seed_everything(c.seed, step, a.process_index)
+        if self.scheduler is not None:
+            self.scheduler.step_update(step)
+        x, y = x.to(a.device, non_blocking=True), y.to(a.device, non_blocking=True)
+        members = self._assign(len(x), step)
+        if self.mixup is not None:
+            x, y = self.mixup(x, y)
+        parts = zip(x.chunk(c.accumulate), y.chunk(c.accumulate), members.chunk(c.accumulate), strict=True)
+        found = torch.stack([self._part(*part) for part in parts]).mean(0)
+        self._pending.append(found)
+        self.progress.step += 1
+        self.progress.evaluated = self.progress.step % self.steps_per_epoch > 0
+        if self.ema is not None:
+            self.ema.update(self.module, step=self.progress.step)
+
+    def _assign(self, count: int, step: int) -> Tensor:
+        """Members by the position of a sample among all that the run has seen: near-equal shares of a global batch."""
+        n = self.module.members_module.n if isinstance(self.module, ConvertedModel) else 1
+        first = step * self.config.batch_size + self.accelerator.process_index * count
+        return (torch.arange(count, device=self.accelerator.device) + first) % n
+
+    def _part(self, x: Tensor, y: Tensor, members: Tensor) -> Tensor:
+        """Forward, backward, and after the last part of a step the update; returns loss and accuracy."""
+        a = self.accelerator
+        if isinstance(self.module, ConvertedModel):
+            self.module.members_module.fixed = members
+            if self.module.members_module.train_mode == "repeat":
+                y = repeat_targets(y, self.module.members_module.n)
+        with a.accumulate(self.model):
+            outputs = self.model(x)
+            loss = self.objective(outputs, y)
+            a.backward(loss)
+            if a.sync_gradients and self.config.clip_grad:
+                a.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        right = self.objective.correct(outputs, y)
+        return torch.stack([loss.detach(), torch.full_like(loss, math.nan) if right is None else right.to(loss.dtype)])
+
+    def _after_step(self) -> None:
+        p, c = self.progress, self.config
+        ends = p.step % self.steps_per_epoch == 0
+        if p.step % c.log_every == 0:
+            self._log()
+        if ends:
+            self._end_epoch()
+        elif c.checkpoint_every and p.step % c.checkpoint_every == 0:
+            self._checkpoint()
+        if p.step < self.steps and self._asked_to_stop():
+            if not ends:
+                self._checkpoint()
+            raise Interrupted(
+                f"{self.stop.asked or 'A signal'}: stopped after step {p.step} of {self.steps}. It is saved."
+            )
+
+    # --- figures -----------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Fetch the losses of the last steps from the device and from the other processes."""
+        if not self._pending:
+            return
+        found = self.accelerator.reduce(torch.stack(self._pending), "mean").tolist()
+        first = self.progress.step - len(found) + 1
+        self._pending.clear()
+        for step, (loss, right) in enumerate(found, first):
+            if not math.isfinite(loss):
+                self._not_finite(f"the loss of step {step} is {loss}")
+            self.progress.recent.append([loss, right])
+            for k, value in enumerate((loss, right, 1.0)):
+                self.progress.epoch_sums[k] += value
+
+    def _not_finite(self, seen: str) -> None:
+        raise TrainingError(
+            f"{self.folder.path}: {seen}. The last good state is kept; --resume would meet the same again. Begin anew "
+            f"with a smaller learning rate (it is {self.config.lr:g}) or --clip-grad, and look for NaN in the data."
+        )
+
+    def _log(self) -> None:
+        self._collect()
+        recent = self.progress.recent
+        if recent:
+            loss, right = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+            self._tell(self._measured(loss, right, self._speed(self._since)))
+        self.progress.recent = []
+        self._since = (time.perf_counter(), self.progress.step)
+
+    def _speed(self, since: tuple[float, int]) -> float:
+        """Images per second since a time, at which so many steps were done."""
+        seconds = time.perf_counter() - since[0]
+        return (self.progress.step - since[1]) * self.config.batch_size / max(seconds, 1e-9)
+
+    def _measured(self, loss: float, right: float, speed: float, **more: Any) -> Measured:
+        p = self.progress
+        return Measured(
+            epoch=(p.step - 1) // self.steps_per_epoch + 1,
+            step=p.step,
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            train_loss=loss,
+            train_accuracy=None if math.isnan(right) else right,
+            images_per_second=speed,
+            seconds=self._seconds(),
+            **more,
+        )
+
+    def _seconds(self) -> float:
+        now = time.perf_counter()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+        return self.progress.seconds
+
+    def _tell(self, event: Begun | Measured) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if isinstance(event, Measured):
+            row = event.row()
+            self.folder.add_metrics(row)
+            self.accelerator.log({name: x for name, x in row.items() if x is not None and name != "step"}, event.step)
+        if self.observer is not None:
+            self.observer(event)
+
+    # --- validation and saving ---------------------------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        self._collect()
+        speed, processes = self._speed(self._epoch_since), self.accelerator.num_processes
+        try:
+            scores = validate(
+                self._result(), self.batches.val(), self.objective, self.accelerator,
+                lambda: self.stop.asked is not None and processes == 1,
+            )  # fmt: skip
+        except Stopped:
+            self._checkpoint()
+            raise Interrupted(
+                f"{self.stop.asked}: stopped in the validation after step {self.progress.step}. It is saved."
+            ) from None
+        self._train_mode()
+        self._check_finite()
+        p, criterion = self.progress, self.objective.criterion
+        if not math.isfinite(scores[criterion]):
+            self._not_finite(f"after step {p.step} the {criterion} of the validation is {scores[criterion]}")
+        loss, right, steps = p.epoch_sums
+        best = scores[criterion] < p.best
+        self._tell(self._measured(loss / steps, right / steps, speed, val=scores, best=best))
+        p.best, p.evaluated, p.epoch_sums = min(p.best, scores[criterion]), True, [0.0, 0.0, 0.0]
+        if self.accelerator.is_main_process:
+            for folder in (self.folder.path, self.folder.last) if best else (self.folder.last,):
+                self.save(self._result(), folder)
+        self._checkpoint()
+        self._since = self._epoch_since = (time.perf_counter(), p.step)
+
+    def _result(self) -> nn.Module:
+        """What is evaluated and saved: the averaged weights where there are any."""
+        return self.module if self.ema is None else self.ema.module
+
+    def _check_finite(self) -> None:
+        for name, tensor in self.module.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                self._not_finite(f"'{name}' has values that are no numbers after step {self.progress.step}")
+
+    def _checkpoint(self) -> None:
+        self._collect()
+        self._check_finite()
+        self._seconds()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.folder.write_state(
+                {
+                    **vars(self.progress),
+                    "model": self.module.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "ema": None if self.ema is None else self.ema.module.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                }
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether to stop now: processes do so after the same step, which they settle when they log."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.asked is not None
+        if self.progress.step % self.config.log_every:
+            return False
+        if self.stop.asked:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
