@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from masksurgery.checkpoint import load, load_base, save
-from masksurgery.data import Data, DataConfig, open_data
+from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
 from masksurgery.images import image_input, pretrained_cfg
-from masksurgery.loading import Augmentation, Preprocessing, eval_batches, steps_per_epoch, train_batches
 from masksurgery.losses import Objective, choose_loss, first_prediction
 from masksurgery.model import ConvertedModel
+from masksurgery.optimisation import check_optimizer, create_mixup
+from masksurgery.rebuild import plain_cfg
 from masksurgery.recalibrate import recalibrate
 from masksurgery.runs import RunFolder
 from masksurgery.sites import output_layers
 from masksurgery.trainer import Observer, Trainer
 from masksurgery.training_config import FREE, FinetuneConfig
+from masksurgery.transforms import Augmentation, Preprocessing, Transform
 from masksurgery.types import ConfigError
 from masksurgery.weights import collect_tensors, write_folder
 
@@ -83,11 +85,10 @@ def finetune(
         raise ConfigError("base_only=True needs the folder of the converted model, which its base model is read from.")
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
+        check_optimizer(config.opt)
         objective = _choose_objective(converted, config)
-        with accelerator.main_process_first():  # what it downloads, the others find
-            parts = open_data(data, task=converted.settings.task)
+        parts = _open_data(data, converted, config, accelerator)
         loaders = _Loaders.of(converted, parts, config, augmentation, accelerator)
-        _check_outputs(converted, parts)
         trained = output_layers(converted) if config.freeze else None
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
@@ -100,13 +101,13 @@ def finetune(
         Trainer(
             module,
             loaders,
-            loaders.steps_per_epoch,
+            steps_per_epoch(parts.train, config.batch_size),
             config,
             objective,
             accelerator,
             folder,
             save=partial(_save_base, source=converted) if base_only else partial(save, force=True),
-            mixup=_create_mixup(converted, parts, config),
+            mixup=create_mixup(config, _outputs(converted)),
             trained=trained,
             prepare=loaders.recalibrate if config.recalibrate and not base_only and not config.freeze else None,
             observer=observer,
@@ -164,14 +165,6 @@ def _choose_objective(model: ConvertedModel, config: FinetuneConfig) -> Objectiv
     return Objective(settings.task, loss, settings.class_dim, config.label_smoothing)
 
 
-def _create_mixup(model: ConvertedModel, parts: Data, config: FinetuneConfig) -> Any:
-    from timm.data import Mixup
-
-    if not (config.mixup or config.cutmix):
-        return None
-    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=_outputs(model))
-
-
 def _outputs(model: ConvertedModel) -> int:
     """The number of classes, or of numbers, that the model returns for a sample."""
     shape, dtype = image_input(model)
@@ -186,14 +179,28 @@ def _outputs(model: ConvertedModel) -> int:
     return found.mean.shape[dim] if found.mean.dim() > 1 else 1
 
 
-def _check_outputs(model: ConvertedModel, parts: Data) -> None:
-    found, wanted = _outputs(model), parts.outputs
-    if found != wanted:
-        what = "classes" if parts.classes else "targets"
+def _open_data(config: DataConfig, model: ConvertedModel, settings: FinetuneConfig, accelerator: Accelerator) -> Data:
+    """The data, checked by the main process for all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    outputs = _outputs(model)
+    shape, _ = image_input(model)
+    task = model.settings.task
+    read = partial(open_data, config, task=task, channels=shape[1], num_classes=outputs, workers=settings.workers)
+    parts = read() if accelerator.is_main_process else None
+    found = [parts.bad if parts else ()]
+    broadcast_object_list(found)
+    parts = parts or read(bad=found[0])
+    given = len(parts.classes) if parts.classes else outputs
+    if isinstance(parts.train, Source) and task in ("regression", "multilabel"):
+        given = torch.as_tensor(parts.train.read(0)[1]).numel()
+    if given != outputs:
+        what = "classes" if task in ("classification", "probabilities") else "targets for each image"
         raise ConfigError(
-            f"The model has {found} outputs, the data {wanted} {what}. Convert the base model again with "
-            f"--num-classes {wanted}."
+            f"The model has {outputs} outputs, the data {given} {what}. Convert the base model again with "
+            f"--num-classes {given}."
         )
+    return parts
 
 
 def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
@@ -261,24 +268,54 @@ class _Loaders:
     """The batches of one process."""
 
     parts: Data
-    preprocessing: Preprocessing
-    augmentation: Augmentation
+    training: Transform
+    evaluation: Transform
     config: FinetuneConfig
-    steps_per_epoch: int
     rank: int
     world: int
 
     @classmethod
-    def of(cls, model, parts, config, augmentation, accelerator) -> _Loaders:
+    def of(
+        cls,
+        model: ConvertedModel,
+        parts: Data,
+        config: FinetuneConfig,
+        augmentation: Augmentation,
+        accelerator: Accelerator,
+    ) -> _Loaders:
         shape, dtype = image_input(model)
-        share = config.batch_size / accelerator.num_processes / config.accumulate
-        ...
+        prepared = Preprocessing(shape[1:], getattr(torch, dtype), pretrained_cfg(model))
+        share = accelerator.num_processes * config.accumulate
+        even = share * (2 if config.mixup or config.cutmix else 1)
+        if config.batch_size % even:
+            pairs = ", in pairs for mixup" if even > share else ""
+            raise ConfigError(
+                f"batch_size={config.batch_size} cannot be divided into {accelerator.num_processes} processes times "
+                f"accumulate={config.accumulate} parts{pairs}. Pass a multiple of {even}."
+            )
+        training = prepared.training(augmentation, masks=parts.masks)
+        evaluation = prepared.evaluation(masks=parts.masks)
+        return cls(parts, training, evaluation, config, accelerator.process_index, accelerator.num_processes)
 
     def train(self, start: int, stop: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return self._train(self.augmentation, start, stop)
+        c = self.config
+        return train_batches(
+            self.parts.train, self.training, batch_size=c.batch_size, steps=(start, stop), seed=c.seed,
+            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
 
-    def val(self) -> Iterable[tuple[Tensor, Tensor]]: ...
+    def val(self) -> Iterable[tuple[Tensor, Tensor]]:
+        return eval_batches(
+            self.parts.val, self.evaluation, batch_size=self.config.batch_size,
+            rank=self.rank, world=self.world, workers=self.config.workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
 
     def recalibrate(self, model: nn.Module) -> None:
-        """Re-estimate statistics over training images as they are in evaluation."""
-        ...
+        """Re-estimate statistics over training images as they are in evaluation, on one process."""
+        assert isinstance(model, ConvertedModel)
+        c, images = self.config, self.parts.train
+        steps = min(-(-RECALIBRATION_IMAGES // c.batch_size), steps_per_epoch(images, c.batch_size))
+        batches = train_batches(
+            images, self.evaluation, batch_size=c.batch_size, steps=(0, steps), seed=c.seed, workers=c.workers
+        )
+        recalibrate(model, batches)

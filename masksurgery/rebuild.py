@@ -66,7 +66,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         skipped=surgery.skipped,
         notes=surgery.notes,
         aliases=dict(aliases),
-        pretrained_cfg=_plain_cfg(getattr(model, "pretrained_cfg", None)),
+        pretrained_cfg=plain_cfg(getattr(model, "pretrained_cfg", None)),
     )
     try:
         identity = hashlib.sha256(record.to_json().encode("utf-8")).hexdigest()[:16]
@@ -89,7 +89,7 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _plain_cfg(cfg: Any) -> dict[str, Any] | None:
+def plain_cfg(cfg: Any) -> dict[str, Any] | None:
     """The part of timm's pretrained_cfg that JSON holds, without places on this machine."""
     cfg = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
     if not isinstance(cfg, Mapping):
