@@ -6,11 +6,11 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Prediction, RegressionPrediction
+from masksurgery.transforms import Preprocessing
 from masksurgery.types import ConfigError, MasksurgeryError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -93,24 +94,43 @@ def readable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def open_image(path: Path, channels: int = 3) -> Image.Image:
+def open_image(file: Path | BinaryIO, channels: int = 3, *, name: str = "", draft: bool = False) -> Image.Image:
     """Read an image upright, in RGB, or with one channel in grey.
 
+    Args:
+        file: A path, or an open file.
+        channels: 3 or 1.
+        name: What an error calls it; else its path.
+        draft: Decode a JPEG at an eighth of its size: enough to see that it is whole, and far faster.
     Raises:
         ImageError: It cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):
-                image = _to_eight_bits(image)
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert(_MODES[channels])
+        with Image.open(file) as image:
+            if draft:
+                image.draft(image.mode, (1, 1))
+            return to_channels(ImageOps.exif_transpose(image), channels)
     except Exception as error:  # the decoders raise whatever a damaged file makes of them
-        known = not isinstance(error, UnidentifiedImageError)
-        reason = (str(error) or type(error).__name__) if known else "it is of no format that PIL knows"
-        raise ImageError(f"'{readable(path)}' cannot be read as an image: {reason}") from error
+        called = name or (readable(file) if isinstance(file, Path) else "a file")
+        raise ImageError(f"'{called}' cannot be read as an image: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """Why an image could not be opened."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no format that PIL knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode in RGB, or with one channel in grey."""
+    if image.mode.startswith("I"):
+        image = _to_eight_bits(image)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert(_MODES[channels])
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -127,28 +147,29 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 class Reader:
     """Opens images as the tensors that a model takes.
 
-    The size and the channels are those of the model's example inputs; resizing, cropping and normalisation those of its
-    pretrained_cfg, else timm's defaults for ImageNet.
-
     Raises:
         ConfigError: The model takes something else than one image.
     """
 
     def __init__(self, model: ConvertedModel) -> None:
-        from timm.data import create_transform, resolve_data_config
-
-        shape, dtype = image_input(model)
-        self.channels: int = shape[1]
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        config = resolve_data_config({"input_size": tuple(shape[1:])}, pretrained_cfg=pretrained_cfg(model))
-        for name in ("mean", "std"):  # of three channels where the model has one
-            if len(config[name]) != self.channels:
-                config[name] = (sum(config[name]) / len(config[name]),) * self.channels
-        self.transform = cast(Callable[[Image.Image], Tensor], create_transform(**config, is_training=False))
+        preprocessing = preprocessing_of(model)
+        self.channels: int = preprocessing.channels
+        self.transform = preprocessing.evaluation()
 
     def __call__(self, path: Path) -> Tensor:
         """An image [c, h, w]; an ImageError if it cannot be read."""
-        return self.transform(open_image(path, self.channels)).to(self.dtype)
+        x, _ = self.transform(open_image(path, self.channels), None)
+        return x
+
+
+def preprocessing_of(model: ConvertedModel) -> Preprocessing:
+    """The size, channels and dtype of the model's example inputs, and the rest of its pretrained_cfg.
+
+    Raises:
+        ConfigError: The model takes something else than one image.
+    """
+    shape, dtype = image_input(model)
+    return Preprocessing(shape[1:], getattr(torch, dtype), pretrained_cfg(model))
 
 
 def pretrained_cfg(model: ConvertedModel) -> Mapping[str, Any]:

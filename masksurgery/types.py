@@ -47,6 +47,10 @@ class CheckpointError(MasksurgeryError):
     """A saved folder or file is missing, damaged or of another model."""
 
 
+class DataError(MasksurgeryError):
+    """Images or their targets are missing, broken, or not what they are taken for."""
+
+
 class VerificationError(MasksurgeryError):
     """The converted model is not the base model with its masks multiplied in."""
 

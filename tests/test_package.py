@@ -21,13 +21,14 @@ ROWS = (
     ("regions", "flow", "candidates", "sites", "rewrite"),
     ("graphs", "part", "model", "macs", "convert"),
     ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
-    ("randomness", "losses", "training_config", "events", "stopping", "runs", "optimisation", "validation", "trainer"),
-    ("hub", "data", "images", "pack", "finetune", "evaluate", "report", "export", "keras"),
+    ("images", "transforms", "randomness", "data"),
+    ("losses", "training_config", "events", "stopping", "runs", "optimisation", "validation", "trainer"),
+    ("hub", "pack", "finetune", "evaluate", "report", "export", "keras"),
     ("__init__",),
     ("options", "settings_options", "tables", "progress", "cli_finetune", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
-TIMM_ALLOWED = {"optimisation", "losses", "tracing", "checkpoint", "data", "images", "cli", "factory"}
+TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory"}
 HEAVY = ("timm", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
 
 

@@ -1,0 +1,28 @@
+"""Images and targets to train and to evaluate on: opened, checked, and in batches that can be made again."""
+
+from __future__ import annotations
+
+from masksurgery.data.check import BrokenImage, default_workers
+from masksurgery.data.config import DataConfig
+from masksurgery.data.loading import Batches, eval_batches, steps_per_epoch, train_batches
+from masksurgery.data.opening import Data, open_data
+from masksurgery.data.pairs import IGNORED
+from masksurgery.data.source import Source
+from masksurgery.data.streams import Stream
+from masksurgery.types import DataError
+
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "BrokenImage",
+    "Data",
+    "DataConfig",
+    "DataError",
+    "Source",
+    "Stream",
+    "default_workers",
+    "eval_batches",
+    "open_data",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,257 @@
+"""The batches of a run as a function of the seed and the step alone.
+
+So they are bitwise the same for any number of workers, for any number of processes taken together, and after a restart
+at any step. timm's `create_loader` takes neither a sampler nor a generator: its order and its augmentation depend on
+the process and on how long it has run. Readers and transforms are timm's.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from masksurgery.data.batching import Batch, Result, augment, collate
+from masksurgery.data.check import check_count, default_workers
+from masksurgery.data.source import Source, generator
+from masksurgery.data.streaming import EvalStream, TrainStream
+from masksurgery.data.streams import Stream
+from masksurgery.images import Broken, ImageError, readable
+from masksurgery.transforms import Transform
+from masksurgery.types import ConfigError, DataError
+
+
+def steps_per_epoch(source: Source | Stream, batch_size: int) -> int:
+    """How many whole batches an epoch has; what is left over is not trained on in that epoch.
+
+    Raises:
+        DataError: Not even one.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not a number of images. Pass at least 1.")
+    if len(source) < batch_size:
+        raise DataError(
+            f"{len(source)} {source.called} images are less than one batch. Pass batch_size={len(source)} or less, "
+            f"not {batch_size}."
+        )
+    return len(source) // batch_size
+
+
+def train_batches(
+    source: Source | Stream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    steps: tuple[int, int],
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
+    pin_memory: bool = False,
+) -> Batches:
+    """The batches of the steps start to stop, over the epochs that they lie in.
+
+    Every epoch is a permutation drawn by (seed, epoch), and a step its next `batch_size` images. The augmentation of an
+    image is drawn by (seed, epoch, image). The order of a stream depends on `world` and `workers` as well (not whether
+    workers is 0 or 1).
+
+    Args:
+        source: What to train on.
+        transform: Of an image and its target; it may draw from global generators.
+        batch_size: Of all processes together.
+        steps: From the first to before the last, counted from the beginning of the run.
+        seed: Of all that is drawn.
+        rank: Which process: it gets its contiguous part of every batch.
+        world: How many processes.
+        workers: Processes that read images for this one; 0 for none. By default `default_workers()`.
+        pin_memory: Copy batches into page-locked memory.
+    Raises:
+        ConfigError: The batch cannot be divided among the processes.
+        DataError: There are fewer images than a batch. Iterating raises it too, see `Batches`.
+    """
+    epoch_steps = steps_per_epoch(source, batch_size)
+    local = _divide(batch_size, rank, world)
+    start, stop = steps
+    if isinstance(source, Source):
+        images = _TrainImages(source, transform, batch_size, epoch_steps, seed, rank * local, local)
+        loader = _loader(images, workers, seed, pin_memory, sampler=range(start, stop))
+        return Batches(loader, stop - start)
+    stream = TrainStream(source, transform, local, (start, stop), epoch_steps, seed, rank, world)
+    loader = _loader(stream, _workers_of(source, workers, world), seed, pin_memory)
+    return Batches(loader, stop - start, source.max_bad)
+
+
+def eval_batches(
+    source: Source | Stream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
+    pin_memory: bool = False,
+) -> Batches:
+    """Every image once over all processes, in order: process r has the images r, r + world, ... (of shards: those).
+
+    The last batch is smaller, and processes may differ by one batch. See `train_batches`.
+    """
+    local = _divide(batch_size, rank, world)
+    if isinstance(source, Source):
+        positions = np.arange(rank, len(source), world)
+        images = _EvalImages(source, transform, positions, local)
+        return Batches(_loader(images, workers, 0, pin_memory, sampler=range(len(images))), len(images))
+    stream = EvalStream(source, transform, local, rank, world)
+    return Batches(_loader(stream, _workers_of(source, workers, world), 0, pin_memory), None, source.max_bad)
+
+
+class Batches:
+    """Batches (x [b, c, h, w], y). Iterating a second time gives the same ones.
+
+    Attributes:
+        bad: The broken samples of a stream that were left out until now.
+
+    Iterating raises a DataError if an image cannot be read; of a stream, if more than `max_bad` cannot.
+    """
+
+    def __init__(self, loader: DataLoader[Result], count: int | None, max_bad: int = 0) -> None:
+        self.loader = loader
+        self.count = count
+        self.max_bad = max_bad
+        self.bad: list[Broken] = []
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("How many batches a stream has is not known beforehand.")
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for result in self.loader:
+                if isinstance(result, DataError):
+                    raise result
+                batch, broken = result
+                self._count(broken)
+                if batch is not None:
+                    yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"A process that reads images has died. If memory is short, use fewer. ({error})"
+            ) from error
+
+    def _count(self, broken: Sequence[Broken]) -> None:
+        known = {one.path for one in self.bad}
+        self.bad += [one for one in broken if one.path not in known]
+        check_count(self.bad, self.max_bad)
+
+
+@dataclass(frozen=True)
+class _TrainImages(Dataset[Result]):
+    """The batch of a step. It is a whole batch, so that its error takes the place of the batch."""
+
+    source: Source
+    transform: Transform
+    batch_size: int
+    epoch_steps: int
+    seed: int
+    offset: int
+    local: int
+
+    def __getitem__(self, step: int) -> Result:
+        epoch, number = divmod(step, self.epoch_steps)
+        first = number * self.batch_size + self.offset
+        positions = _order(len(self.source), self.seed, epoch)[first : first + self.local].tolist()
+        try:
+            return collate([self._sample(epoch, position) for position in positions]), ()
+        except DataError as error:
+            return error
+
+    def _sample(self, epoch: int, position: int) -> tuple[Tensor, Any]:
+        image, target = _read(self.source, position)
+        return augment(self.transform, image, target, "image", self.seed, epoch, position)
+
+
+@dataclass(frozen=True)
+class _EvalImages(Dataset[Result]):
+    """Batches of these positions."""
+
+    source: Source
+    transform: Transform
+    positions: np.ndarray
+    local: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.positions) / self.local)
+
+    def __getitem__(self, number: int) -> Result:
+        positions = self.positions[number * self.local : (number + 1) * self.local].tolist()
+        try:
+            return collate([self.transform(*_read(self.source, position)) for position in positions]), ()
+        except DataError as error:
+            return error
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch."""
+    return generator("order", seed, epoch).permutation(length)
+
+
+def _read(source: Source, position: int) -> tuple[Image.Image, Any]:
+    """An image that could be read before."""
+    try:
+        return source.read(position)
+    except ImageError as error:
+        place = source.items.place
+        if place is not None and not place.exists():
+            raise DataError(
+                f"'{readable(place)}' is gone, with the {source.called} images: is it still mounted?"
+            ) from error
+        raise DataError(f"A {source.called} image is missing or broken: {error}") from error
+
+
+def _divide(batch_size: int, rank: int, world: int) -> int:
+    """The batch of one process."""
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank={rank} is none of {world} processes: it has to be from 0 to {world - 1}.")
+    if batch_size < 1 or batch_size % world:
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be divided among {world} processes. Pass a multiple of {world}."
+        )
+    return batch_size // world
+
+
+def _workers_of(stream: Stream, workers: int | None, world: int) -> int:
+    return stream.usable_workers(default_workers() if workers is None else workers, world)
+
+
+def _loader(data: Any, workers: int | None, seed: int, pin_memory: bool, **more: Any) -> DataLoader[Result]:
+    return DataLoader(
+        data,
+        batch_size=None,
+        num_workers=default_workers() if workers is None else workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        worker_init_fn=_leave_interrupts,
+        **more,
+    )
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C is for the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
