@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from masksurgery.checkpoint import load, load_base, save
 from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
+from masksurgery.events import Observer
 from masksurgery.images import image_input, pretrained_cfg
 from masksurgery.losses import Objective, choose_loss, first_prediction
 from masksurgery.model import ConvertedModel
@@ -26,7 +27,7 @@ from masksurgery.rebuild import plain_cfg
 from masksurgery.recalibrate import recalibrate
 from masksurgery.runs import RunFolder
 from masksurgery.sites import output_layers
-from masksurgery.trainer import Observer, Trainer
+from masksurgery.trainer import Trainer
 from masksurgery.training_config import FREE, FinetuneConfig
 from masksurgery.transforms import Augmentation, Preprocessing, Transform
 from masksurgery.types import ConfigError

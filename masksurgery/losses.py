@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.data import IGNORED
 from masksurgery.prediction import CLASS_KEYS, Prediction, RegressionPrediction
 from masksurgery.types import ConfigError, Task
 
 Loss = Literal["cross-entropy", "bce", "mse", "gaussian-nll"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-
-IGNORED = 255
-"""The index of pixels that belong to no class, in masks of segmentation."""
 
 AUXILIARY = 0.4
 """What the loss of an auxiliary output counts (Inception v3's own; GoogLeNet 0.3, FCN in torchvision 0.5)."""

@@ -20,7 +20,7 @@ from masksurgery.layers import Members, repeat_targets
 from masksurgery.losses import Objective
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import create_ema, create_optimizer
-from masksurgery.randomness import forked_random_state, seed_everything
+from masksurgery.randomness import forked_random_state, seed_global
 from masksurgery.runs import RunFolder
 from masksurgery.stopping import StopRequest
 from masksurgery.training_config import FinetuneConfig
@@ -170,7 +170,7 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         c, a, step = self.config, self.accelerator, self.progress.step
-        seed_everything(c.seed, step, a.process_index)
+        seed_global("step", c.seed, step, a.process_index, device=a.device)
         if self.scheduler is not None:
             self.scheduler.step_update(step)
         x, y = x.to(a.device, non_blocking=True), y.to(a.device, non_blocking=True)

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from masksurgery.data.batching import Batch, Result, augment, collate
 from masksurgery.data.check import check_count, default_workers
-from masksurgery.data.source import Source, generator
+from masksurgery.data.source import Source
 from masksurgery.data.streaming import EvalStream, TrainStream
 from masksurgery.data.streams import Stream
 from masksurgery.images import Broken, ImageError, readable
+from masksurgery.randomness import generator
 from masksurgery.transforms import Transform
 from masksurgery.types import ConfigError, DataError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.random import Generator, default_rng
 from PIL import Image
 
 from masksurgery.images import ImageError, explain, open_image, readable, to_channels
+from masksurgery.randomness import generator
 from masksurgery.types import DataError
 
 
@@ -170,8 +170,3 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
     count = min(max(round(len(source) * fraction), 1), len(source) - 1)
     order = generator("hold out", seed).permutation(len(source))
     return source.take(order[count:]), replace(source.take(order[:count]), called="validation")
-
-
-def generator(purpose: str, *key: int) -> Generator:
-    """A generator of its own for each purpose and key."""
-    return default_rng([*purpose.encode(), *key])

@@ -21,8 +21,8 @@ from PIL import Image
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
 from masksurgery.data.named import explained
-from masksurgery.data.source import generator
 from masksurgery.images import Broken, ImageError, explain, open_image, to_channels
+from masksurgery.randomness import generator
 from masksurgery.types import ConfigError, DataError
 
 STREAMS = ("hfids", "tfds", "wds")
