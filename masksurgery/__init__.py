@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from masksurgery.checkpoint import load, save
 from masksurgery.convert import convert
+from masksurgery.data import DataConfig, DataError
+from masksurgery.events import Interrupted
+from masksurgery.finetune import finetune
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
 from masksurgery.masks import generate_masks
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.recalibrate import recalibrate
+from masksurgery.training_config import FinetuneConfig
+from masksurgery.transforms import Augmentation
 from masksurgery.types import (
     CheckpointError,
     ConfigError,
@@ -20,6 +25,7 @@ from masksurgery.types import (
     Skipped,
     Surgery,
     TraceError,
+    TrainingError,
     VerificationError,
 )
 from masksurgery.verify import Verification, verify
@@ -27,9 +33,14 @@ from masksurgery.verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Augmentation",
     "CheckpointError",
     "ConfigError",
     "ConvertedModel",
+    "DataConfig",
+    "DataError",
+    "FinetuneConfig",
+    "Interrupted",
     "LayoutError",
     "MaskError",
     "Masksembles1D",
@@ -43,9 +54,11 @@ __all__ = [
     "Skipped",
     "Surgery",
     "TraceError",
+    "TrainingError",
     "Verification",
     "VerificationError",
     "convert",
+    "finetune",
     "generate_masks",
     "load",
     "recalibrate",
