@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pictures import noise
 
 from masksurgery import ConfigError
 from masksurgery.transforms import Augmentation, Preprocessing
+from pictures import noise
 
 CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "interpolation": "bilinear", "crop_pct": 1.0}
 
@@ -20,7 +20,9 @@ def test_evaluation_follows_the_pretrained_cfg() -> None:
     x, target = preprocessing.evaluation()(Image.new("RGB", (90, 60), (255, 0, 0)), 7)
     assert (x.shape, x.dtype, target) == ((3, 16, 24), torch.float64, 7)
     assert x[:, 8, 8].tolist() == [2.0, -2.0, -2.0]
-    grey, _ = Preprocessing((1, 16, 24), pretrained_cfg={"mean": (0.1, 0.2, 0.3)}).evaluation()(Image.new("L", (9, 9)), 0)
+    grey, _ = Preprocessing((1, 16, 24), pretrained_cfg={"mean": (0.1, 0.2, 0.3)}).evaluation()(
+        Image.new("L", (9, 9)), 0
+    )
     assert grey.shape == (1, 16, 24)
     assert grey[0, 0, 0].item() == pytest.approx(-0.2 / ((0.229 + 0.224 + 0.225) / 3), rel=1e-5)
 
