@@ -80,7 +80,7 @@ def open_pairs(config: DataConfig, channels: int, num_classes: int | None) -> tu
     for what, found, other, where in (("mask", images, of_images, masks), ("image", of_images, images, root)):
         missing = [found[name] for name in found if name not in other]
         if missing:
-            more = f" (and {len(missing) - 1} others have none)" if len(missing) > 1 else ""
+            more = f" (and so {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise DataError(f"'{readable(missing[0])}' has no {what} of that name in '{readable(where)}'{more}.")
     for file in of_images.values():
         if file.suffix.lower() in (".jpg", ".jpeg", ".jfif"):
