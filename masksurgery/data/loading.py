@@ -143,7 +143,7 @@ class Batches:
                 if batch is not None:
                     yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise DataError(
                 f"A process that reads images has died. If memory is short, use fewer. ({error})"
@@ -213,9 +213,9 @@ def _read(source: Source, position: int) -> tuple[Image.Image, Any]:
         return source.read(position)
     except ImageError as error:
         place = source.items.place
-        if place is not None and not place.exists():
+        if place is not None and not (place.is_file() or (place.is_dir() and any(place.iterdir()))):
             raise DataError(
-                f"'{readable(place)}' is gone, with the {source.called} images: is it still mounted?"
+                f"'{readable(place)}' is gone or empty, with the {source.called} images: is it still mounted?"
             ) from error
         raise DataError(f"A {source.called} image is missing or broken: {error}") from error
 
