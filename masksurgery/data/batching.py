@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from masksurgery.data.source import generator
 from masksurgery.images import Broken
 from masksurgery.transforms import Transform
 from masksurgery.types import DataError
@@ -31,27 +30,34 @@ def collate(samples: Sequence[tuple[Tensor, Any]]) -> Batch:
     return x, y
 
 
-def augment(transform: Transform, image: Image.Image, target: Any, purpose: str, *key: int) -> tuple[Tensor, Any]:
-    """Transform a sample; whatever is drawn for it is a function of the key."""
-    with _drawn_by(purpose, *key):
-        return transform(image, target)
+def augment(transform: Transform, samples: Iterable[tuple[int, Image.Image, Any]], purpose: str, *key: int) -> Batch:
+    """Transform samples (number, image, target) into a batch; what is drawn for one is a function of key and number."""
+    done = []
+    with _lent_generators():
+        for number, image, target in samples:
+            _seed_generators(purpose, *key, number)
+            done.append(transform(image, target))
+    return collate(done)
 
 
 @contextmanager
-def _drawn_by(purpose: str, *key: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch, and give them back as they were.
+def _lent_generators() -> Iterator[None]:
+    """Give the global generators of Python, numpy and torch back as they were.
 
     There is no other way: the transforms of timm and torchvision draw from them. Devices are not touched.
     """
     python, cpu = random.getstate(), torch.get_rng_state()
-    numpys = np.random.get_state()  # noqa: NPY002  # what timm's transforms draw from
-    seeds = generator(purpose, *key).integers(2**32, size=3)
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1]))  # noqa: NPY002
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed every device too
+    numpys = np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpys)  # noqa: NPY002
         torch.set_rng_state(cpu)
+
+
+def _seed_generators(purpose: str, *key: int) -> None:
+    seeds = np.random.SeedSequence([*purpose.encode(), *key]).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002
+    torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would seed every device too

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from masksurgery.data.batching import Batch, Result, augment, collate
@@ -172,13 +171,10 @@ class _TrainImages(Dataset[Result]):
         first = number * self.batch_size + self.offset
         positions = _order(len(self.source), self.seed, epoch)[first : first + self.local].tolist()
         try:
-            return collate([self._sample(epoch, position) for position in positions]), ()
+            samples = ((position, *_read(self.source, position)) for position in positions)
+            return augment(self.transform, samples, "image", self.seed, epoch), ()
         except DataError as error:
             return error
-
-    def _sample(self, epoch: int, position: int) -> tuple[Tensor, Any]:
-        image, target = _read(self.source, position)
-        return augment(self.transform, image, target, "image", self.seed, epoch, position)
 
 
 @dataclass(frozen=True)
