@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,29 +94,41 @@ def readable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def open_image(file: Path | BinaryIO, channels: int = 3, *, name: str = "", draft: bool = False) -> Image.Image:
-    """Read an image upright, in RGB, or with one channel in grey.
+def open_image(path: Path, channels: int = 3, *, draft: bool = False) -> Image.Image:
+    """Read an image upright, in RGB, or with one channel in grey. See `decode_image`.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    with reading(lambda: readable(path)):
+        return decode_image(path, channels, draft=draft)
+
+
+def decode_image(file: Path | BinaryIO, channels: int, *, draft: bool = False) -> Image.Image:
+    """Decode an image, with whatever error the decoder has; so call it inside of `reading`.
 
     Args:
         file: A path, or an open file.
         channels: 3 or 1.
-        name: What an error calls it; else its path.
         draft: Decode a JPEG at an eighth of its size: enough to see that it is whole, and far faster.
-    Raises:
-        ImageError: It cannot be read.
     """
+    with Image.open(file) as image:
+        if draft:
+            image.draft(image.mode, (1, 1))
+        return to_channels(ImageOps.exif_transpose(image), channels)
+
+
+@contextmanager
+def reading(name: Callable[[], str], kind: str = "an image") -> Iterator[None]:
+    """Every error inside becomes an ImageError that names the file. The name is asked for only then."""
     try:
-        with Image.open(file) as image:
-            if draft:
-                image.draft(image.mode, (1, 1))
-            return to_channels(ImageOps.exif_transpose(image), channels)
+        yield
     except Exception as error:  # the decoders raise whatever a damaged file makes of them
-        called = name or (readable(file) if isinstance(file, Path) else "a file")
-        raise ImageError(f"'{called}' cannot be read as an image: {explain(error)}") from error
+        raise ImageError(f"'{name()}' cannot be read as {kind}: {explain(error)}") from error
 
 
 def explain(error: Exception) -> str:
-    """Why an image could not be opened."""
+    """Why something could not be opened."""
     if isinstance(error, UnidentifiedImageError):
         return "it is of no format that PIL knows"
     if isinstance(error, OSError) and error.strerror:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
-from training import CLASSES, SIZE, STEPS, Batches, make_base, make_model, make_trainer, weights_of
 
 import masksurgery
 from masksurgery.events import Interrupted
 from masksurgery.types import CheckpointError, TrainingError
+from training import CLASSES, SIZE, STEPS, Batches, make_base, make_model, make_trainer, weights_of
 
 # --- a run that was stopped ------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from PIL import Image
@@ -27,8 +27,11 @@ def collate(samples: Sequence[tuple[Tensor, Any]]) -> Batch:
     return x, y
 
 
-def augment(transform: Transform, image: Image.Image, target: Any, purpose: str, *key: int) -> tuple[Tensor, Any]:
-    """Transform a sample; whatever is drawn for it is a function of the key."""
+def augment(transform: Transform, samples: Iterable[tuple[int, Image.Image, Any]], purpose: str, *key: int) -> Batch:
+    """Transform samples (number, image, target) into a batch; what is drawn for one is a function of key and number."""
+    done = []
     with forked_random_state():
-        seed_global(purpose, *key)
-        return transform(image, target)
+        for number, image, target in samples:
+            seed_global(purpose, *key, number)
+            done.append(transform(image, target))
+    return collate(done)

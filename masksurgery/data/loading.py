@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from masksurgery.data.batching import Batch, Result, augment, collate
@@ -144,7 +143,7 @@ class Batches:
                 if batch is not None:
                     yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise DataError(
                 f"A process that reads images has died. If memory is short, use fewer. ({error})"
@@ -173,13 +172,10 @@ class _TrainImages(Dataset[Result]):
         first = number * self.batch_size + self.offset
         positions = _order(len(self.source), self.seed, epoch)[first : first + self.local].tolist()
         try:
-            return collate([self._sample(epoch, position) for position in positions]), ()
+            samples = ((position, *_read(self.source, position)) for position in positions)
+            return augment(self.transform, samples, "image", self.seed, epoch), ()
         except DataError as error:
             return error
-
-    def _sample(self, epoch: int, position: int) -> tuple[Tensor, Any]:
-        image, target = _read(self.source, position)
-        return augment(self.transform, image, target, "image", self.seed, epoch, position)
 
 
 @dataclass(frozen=True)
@@ -214,9 +210,9 @@ def _read(source: Source, position: int) -> tuple[Image.Image, Any]:
         return source.read(position)
     except ImageError as error:
         place = source.items.place
-        if place is not None and not place.exists():
+        if place is not None and not (place.is_file() or (place.is_dir() and any(place.iterdir()))):
             raise DataError(
-                f"'{readable(place)}' is gone, with the {source.called} images: is it still mounted?"
+                f"'{readable(place)}' is gone or empty, with the {source.called} images: is it still mounted?"
             ) from error
         raise DataError(f"A {source.called} image is missing or broken: {error}") from error
 

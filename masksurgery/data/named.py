@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
-from masksurgery.data.source import DatasetItems, Items, ReaderItems, Source
+from masksurgery.data.source import DatasetItems, ReaderItems, Source
 from masksurgery.images import readable
 from masksurgery.types import ConfigError, DataError
 
@@ -25,11 +25,13 @@ _FOLDERS = ("folder", "image_folder")
 class Part:
     """The images of a split, and the names of the classes."""
 
-    items: Items
+    items: ReaderItems | DatasetItems
     classes: tuple[str, ...] | None
 
 
-def open_named(config: DataConfig, channels: int) -> tuple[Source, Source | None, tuple[str, ...] | None]:
+def open_named(
+    config: DataConfig, channels: int, num_classes: int | None
+) -> tuple[Source, Source | None, tuple[str, ...] | None]:
     """Open the training part, the validation part or None, and the names of the classes or None.
 
     Raises:
@@ -44,9 +46,15 @@ def open_named(config: DataConfig, channels: int) -> tuple[Source, Source | None
         train, val = _open_folder(config, Path((config.data_dir or "") if config.prefix else config.data))
     if val is not None:
         _compare_classes(config, train, val)
-    sources = [Source(part.items, np.arange(len(part.items)), channels) if part else None for part in (train, val)]
-    assert sources[0] is not None
-    return sources[0], replace(sources[1], called="validation") if sources[1] else None, train.classes
+        val_source = _source(val, channels, num_classes, "validation")
+    else:
+        val_source = None
+    return _source(train, channels, num_classes, "training"), val_source, train.classes
+
+
+def _source(part: Part, channels: int, num_classes: int | None, called: str) -> Source:
+    items = replace(part.items, num_classes=num_classes)
+    return Source(items, np.arange(len(items)), channels, called)
 
 
 @contextmanager

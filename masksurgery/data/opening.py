@@ -93,9 +93,9 @@ def _open(
     elif task in ("regression", "multilabel"):
         raise ConfigError(f'task="{task}" reads its targets from a CSV file (file,target,...), not from {config.data}.')
     elif config.prefix in STREAMS:
-        return open_streams(config, channels)
+        return open_streams(config, channels, num_classes)
     else:
-        train, val, classes = open_named(config, channels)
+        train, val, classes = open_named(config, channels, num_classes)
     if val is None:
         train, val = hold_out(train, config.val_fraction, config.seed)
     return train, val, classes

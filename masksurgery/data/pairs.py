@@ -11,7 +11,7 @@ from PIL import Image
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
 from masksurgery.data.source import Source
-from masksurgery.images import ImageError, explain, find_images, open_image, readable
+from masksurgery.images import ImageError, find_images, open_image, readable, reading
 from masksurgery.types import DataError
 
 IGNORED = 255  # the index of pixels that are of no class
@@ -54,11 +54,8 @@ def open_mask(path: Path, num_classes: int | None = None) -> np.ndarray:
         ImageError: It cannot be read, is of colours, or has an index that is no class.
     """
     name = readable(path)
-    try:
-        with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
-    except Exception as error:  # the decoders raise whatever a damaged file makes of them
-        raise ImageError(f"'{name}' cannot be read as a mask: {explain(error)}") from error
+    with reading(lambda: name, "a mask"), Image.open(path) as image:
+        mode, mask = image.mode, np.array(image)
     if mode not in _INDEXED:
         raise ImageError(
             f"'{name}' is no mask: its mode is {mode}. Each pixel has to be the index of a class (mode L or P)."
@@ -83,7 +80,7 @@ def open_pairs(config: DataConfig, channels: int, num_classes: int | None) -> tu
     for what, found, other, where in (("mask", images, of_images, masks), ("image", of_images, images, root)):
         missing = [found[name] for name in found if name not in other]
         if missing:
-            more = f" (and {len(missing) - 1} others have none)" if len(missing) > 1 else ""
+            more = f" (and so {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise DataError(f"'{readable(missing[0])}' has no {what} of that name in '{readable(where)}'{more}.")
     for file in of_images.values():
         if file.suffix.lower() in (".jpg", ".jpeg", ".jfif"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from masksurgery.images import ImageError, explain, open_image, readable, to_channels
+from masksurgery.images import ImageError, decode_image, open_image, readable, reading, to_channels
 from masksurgery.randomness import generator
 from masksurgery.types import DataError
 
@@ -61,6 +61,7 @@ class ReaderItems:
     reader: Any
     called: str
     place: Path | None = None
+    num_classes: int | None = None
     in_memory: bool = False
 
     def __len__(self) -> int:
@@ -70,13 +71,11 @@ class ReaderItems:
         return self.reader.filename(index, absolute=True) or f"{self.called}[{index}]"
 
     def read(self, index: int, channels: int, draft: bool = False) -> tuple[Image.Image, Any]:
-        try:
+        with reading(lambda: self.name(index)):
             file, target = self.reader[index][:2]
-        except Exception as error:
-            raise ImageError(f"'{self.name(index)}' cannot be opened: {explain(error)}") from error
-        with file:
-            image = open_image(file, channels, name=self.name(index), draft=draft)
-        return image, _as_index(target, self.name(index))
+            with file:
+                image = decode_image(file, channels, draft=draft)
+        return image, as_index(target, self.num_classes, lambda: self.name(index))
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ class DatasetItems:
     dataset: Any
     called: str
     place: Path | None = None
+    num_classes: int | None = None
 
     @property
     def in_memory(self) -> bool:
@@ -98,23 +98,26 @@ class DatasetItems:
         return f"{self.called}[{index}]"
 
     def read(self, index: int, channels: int, draft: bool = False) -> tuple[Image.Image, Any]:
-        try:
+        with reading(lambda: self.name(index)):
             image, target = self.dataset[index]
-            return to_channels(image, channels), _as_index(target, self.name(index))
-        except ImageError:
-            raise
-        except Exception as error:
-            raise ImageError(f"'{self.name(index)}' cannot be read as an image: {explain(error)}") from error
+            image = to_channels(image, channels)
+        return image, as_index(target, self.num_classes, lambda: self.name(index))
 
 
-def _as_index(target: Any, name: str) -> int:
-    """The index of a class, as a data set gives it."""
+def as_index(target: Any, num_classes: int | None, name: Callable[[], str]) -> int:
+    """The index of a class, from what a data set gives.
+
+    Raises:
+        ImageError: It is none of the classes.
+    """
     try:
         index = int(target)
     except (TypeError, ValueError):
         index = -1
     if index < 0:  # -1 is what Hugging Face's hidden test labels are
-        raise ImageError(f"'{name}' has the label {target!r}, which is not the index of a class.")
+        raise ImageError(f"'{name()}' has the label {target!r}, which is not the index of a class.")
+    if num_classes is not None and index >= num_classes:
+        raise ImageError(f"'{name()}' has the label {index}, and the model only classes 0 to {num_classes - 1}.")
     return index
 
 

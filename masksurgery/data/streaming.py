@@ -53,11 +53,9 @@ class TrainStream(IterableDataset[Result]):
                 current = step // self.epoch_steps
                 images = self._images(decoder, lane, current, step)
             first = step * self.batch_size * self.world + self.rank * self.batch_size
-            samples = [
-                augment(self.transform, image, target, "stream", self.seed, first + k)
-                for k, (image, target) in enumerate(islice(images, self.batch_size))
-            ]
-            yield collate(samples), decoder.report()
+            samples = ((first + k, *pair) for k, pair in enumerate(islice(images, self.batch_size)))
+            batch = augment(self.transform, samples, "stream", self.seed)
+            yield batch, decoder.report()
 
     def _images(self, decoder: _Decoder, lane: Lane, epoch: int, step: int) -> Iterator[tuple[Image.Image, Any]]:
         """The images of an epoch from a step on."""

@@ -21,7 +21,8 @@ from PIL import Image
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
 from masksurgery.data.named import explained
-from masksurgery.images import Broken, ImageError, explain, open_image, to_channels
+from masksurgery.data.source import as_index, generator
+from masksurgery.images import Broken, ImageError, decode_image, explain, reading, to_channels
 from masksurgery.randomness import generator
 from masksurgery.types import ConfigError, DataError
 
@@ -75,7 +76,7 @@ class Stream(Protocol):
         """At most so many workers of a process have something to read."""
 
 
-def open_streams(config: DataConfig, channels: int) -> tuple[Stream, Stream, None]:
+def open_streams(config: DataConfig, channels: int, num_classes: int | None) -> tuple[Stream, Stream, None]:
     """Open the training and the validation part. The names of the classes are not known.
 
     Raises:
@@ -86,8 +87,9 @@ def open_streams(config: DataConfig, channels: int) -> tuple[Stream, Stream, Non
         if getattr(config, name) is not None:
             raise ConfigError(f"{name} does not go with a stream such as {config.data}: name fewer shards instead.")
     open_one = _open_shards if config.prefix == "wds" else _open_iterable
-    train = _first(config, config.train_split, TRAIN_NAMES, lambda split: open_one(config, split, channels, True))
-    val = _first(config, config.val_split, VAL_NAMES, lambda split: open_one(config, split, channels, False))
+    more: dict[str, Any] = {"channels": channels, "max_bad": config.max_bad, "num_classes": num_classes}
+    train = _first(config, config.train_split, TRAIN_NAMES, lambda split: open_one(config, split, True, more))
+    val = _first(config, config.val_split, VAL_NAMES, lambda split: open_one(config, split, False, more))
     return train, val, None
 
 
@@ -119,6 +121,7 @@ class Shards:
     channels: int = 3
     called: str = "training"
     max_bad: int = 0
+    num_classes: int | None = None
     keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
 
     def __len__(self) -> int:
@@ -174,16 +177,16 @@ class Shards:
             seen = ", ".join(key for key in content if not key.startswith("__"))
             raise ImageError(f"'{sample.name}' has no image ({', '.join(self.keys)}), only {seen or 'nothing'}.")
         try:
-            target = int(json.loads(content["json"])[self.label] if self.label else content["cls"])
+            label = json.loads(content["json"])[self.label] if self.label else content["cls"].decode()
         except (KeyError, TypeError, ValueError) as error:
-            where = f"'{self.label}' in its json" if self.label else "its cls"
-            raise ImageError(f"'{sample.name}' has no class: {where} is no integer ({error!r}).") from error
-        if target < 0:
-            raise ImageError(f"'{sample.name}' has the label {target}, which is not the index of a class.")
-        return open_image(io.BytesIO(content[key]), self.channels, name=f"{sample.name}.{key}"), target
+            where = f"'{self.label}' in its .json" if self.label else "its .cls"
+            raise ImageError(f"'{sample.name}' has no label: {where} is missing.") from error
+        target = as_index(label, self.num_classes, lambda: sample.name)
+        with reading(lambda: f"{sample.name}.{key}"):
+            return decode_image(io.BytesIO(content[key]), self.channels), target
 
 
-def _open_shards(config: DataConfig, split: str, channels: int, training: bool) -> Shards:
+def _open_shards(config: DataConfig, split: str, training: bool, more: dict[str, Any]) -> Shards:
     from timm.data import create_dataset
 
     root = config.data_dir or config.name
@@ -198,10 +201,8 @@ def _open_shards(config: DataConfig, split: str, channels: int, training: bool) 
     missing = [file for file in files if "://" not in file and not Path(file).is_file()]
     if missing:
         raise DataError(f"{config.data}: {len(missing)} of {len(files)} shards are missing, such as '{missing[0]}'.")
-    return Shards(
-        files, reader.num_samples, reader.split_info.alt_label, channels,
-        "training" if training else "validation", config.max_bad,
-    )  # fmt: skip
+    called = "training" if training else "validation"
+    return Shards(files, reader.num_samples, reader.split_info.alt_label, called=called, **more)
 
 
 @contextmanager
@@ -226,6 +227,7 @@ class TimmStream:
     channels: int = 3
     called: str = "training"
     max_bad: int = 0
+    num_classes: int | None = None
 
     def __len__(self) -> int:
         return self.reader.num_samples
@@ -264,10 +266,10 @@ class TimmStream:
 
     def decode(self, sample: Sample) -> tuple[Image.Image, int]:
         image, target = sample.content
-        return to_channels(image, self.channels), int(target)
+        return to_channels(image, self.channels), as_index(target, self.num_classes, lambda: sample.name)
 
 
-def _open_iterable(config: DataConfig, split: str, channels: int, training: bool) -> TimmStream:
+def _open_iterable(config: DataConfig, split: str, training: bool, more: dict[str, Any]) -> TimmStream:
     from timm.data import create_dataset
 
     with explained(config):
@@ -281,4 +283,4 @@ def _open_iterable(config: DataConfig, split: str, channels: int, training: bool
             reader = create_dataset(
                 config.data, config.data_dir, split=split, is_training=training, download=config.download
             ).reader
-    return TimmStream(reader, config.data, channels, "training" if training else "validation", config.max_bad)
+    return TimmStream(reader, config.data, called="training" if training else "validation", **more)

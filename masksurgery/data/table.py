@@ -16,6 +16,7 @@ from masksurgery.types import ConfigError, DataError
 
 FILE_COLUMNS = ("file", "path")
 SPLIT_COLUMN = "split"
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _numbers(table: Path, columns: Sequence[str], rows: Sequence[_Row], task: st
                 value = float(cell)
             except ValueError as error:
                 raise DataError(f"{where}: '{cell}' is not a number.") from error
-            if not abs(value) <= np.finfo(np.float32).max:  # also true for nan
+            if not abs(value) <= _LARGEST:  # also true for nan
                 raise DataError(f"{where}: '{cell}' is not a finite number of 32 bits.")
             if task == "multilabel" and value not in (0, 1):
                 raise DataError(f"{where}: '{cell}' is neither 0 nor 1, as task=\"multilabel\" wants it.")
