@@ -44,7 +44,7 @@ def check_optimizer(name: str) -> None:
 
     from timm.optim import list_optimizers
 
-    known = list_optimizers()
+    known = [str(known) for known in list_optimizers()]
     if name.lower() not in known:
         close = difflib.get_close_matches(name.lower(), known) or known[:8]
         raise ConfigError(f"opt={name!r} is no optimiser of timm. Close: {', '.join(close)}.")

@@ -103,7 +103,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> Non
             os.kill(os.getpid(), number)
 
     stopped, _ = make_trainer(tmp_path / "run", batches=Batches(at=at))
-    with pytest.raises(Interrupted, match=f"{number.name}: stopped after step 4 of 10. It is saved."):
+    with pytest.raises(Interrupted, match=rf"{number.name}: stopped after step 4 of 10\. It is saved\."):
         stopped.run()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     resumed, observed = make_trainer(tmp_path / "run", resume=True)
@@ -124,7 +124,7 @@ def test_a_signal_in_the_validation_saves_and_stops(tmp_path: Path) -> None:
                 yield batch
 
     stopped, observed = make_trainer(tmp_path / "run", batches=Stopping())
-    with pytest.raises(Interrupted, match="SIGINT: stopped in the validation after step 5. It is saved."):
+    with pytest.raises(Interrupted, match=r"SIGINT: stopped in the validation after step 5\. It is saved\."):
         stopped.run()
     assert not observed.epochs
     resumed, observed = make_trainer(tmp_path / "run", resume=True)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
 from masksurgery.data.named import explained
-from masksurgery.data.source import as_index, generator
+from masksurgery.data.source import as_index
 from masksurgery.images import Broken, ImageError, decode_image, explain, reading, to_channels
 from masksurgery.randomness import generator
 from masksurgery.types import ConfigError, DataError
