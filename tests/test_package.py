@@ -20,13 +20,25 @@ ROWS = (
     ("tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "candidates", "sites", "rewrite"),
     ("graphs", "part", "model", "macs", "convert"),
-    ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
+    (
+        "oracle",
+        "checkpoint",
+        "rebuild",
+        "record",
+        "sources",
+        "weights",
+        "adapt",
+        "sizes",
+        "verify",
+        "recalibrate",
+        "factory",
+    ),
     ("hub", "data", "images", "pack", "finetune", "evaluate", "report", "export", "keras"),
     ("__init__",),
     ("options", "tables", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
-TIMM_ALLOWED = {"tracing", "checkpoint", "data", "images", "cli", "factory"}
+TIMM_ALLOWED = {"tracing", "checkpoint", "data", "images", "cli", "factory", "adapt"}
 HEAVY = ("timm", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
 
 
