@@ -13,6 +13,7 @@ from masksurgery.cli_finetune import finetune
 from masksurgery.options import (
     After,
     Exclude,
+    ImgSize,
     InChans,
     Include,
     Model,
@@ -99,6 +100,7 @@ def inspect(
     task: Task = "classification",
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    img_size: ImgSize = None,
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Show what would be masked, what not and why, and what it costs. Needs no weights and writes nothing."""
@@ -108,8 +110,9 @@ def inspect(
     from masksurgery.tables import inspection, out, step
 
     base, converted, _ = _convert(
-        model, settings, pretrained=False, num_classes=num_classes, in_chans=in_chans, model_kwargs=kwargs
-    )
+        model, settings, pretrained=False, num_classes=num_classes, in_chans=in_chans, img_size=img_size,
+        model_kwargs=kwargs,
+    )  # fmt: skip
     with step("Counting multiply-adds"):
         macs = conversion_macs(base, converted)
     if as_json:
@@ -140,6 +143,7 @@ def convert(
     ] = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    img_size: ImgSize = None,
     model_kwargs: ModelKwargs = None,
     verify: Annotated[bool, typer.Option("--verify", help="Prove the result in float64.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
@@ -156,7 +160,7 @@ def convert(
 
     base, converted, recipe = _convert(
         model, settings, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, in_chans=in_chans,
-        model_kwargs=kwargs,
+        img_size=img_size, model_kwargs=kwargs,
     )  # fmt: skip
     converted.recipe = recipe.to_dict()
     proof = _verify(base, converted) if verify else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from masksurgery.adapt import adapt_channels, renew_classifier, resample
+from masksurgery.sizes import at_size, takes_size
 from masksurgery.sources import (
     NO_WEIGHTS,
     build_model,
@@ -23,7 +26,7 @@ from masksurgery.sources import (
     one_line,
 )
 from masksurgery.types import ConfigError
-from masksurgery.weights import load_weights
+from masksurgery.weights import Change, load_weights
 
 Source = Literal["timm", "torchvision", "factory"]
 
@@ -86,6 +89,7 @@ def create_base(
     checkpoint: Path | str | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    img_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Recipe, tuple[Any, ...] | dict[str, Any] | None]:
     """Make a base model.
@@ -95,36 +99,54 @@ def create_base(
             `module:factory` for a function (or class) of one's own that returns the model.
         pretrained: Load the weights that timm or torchvision has for it. A factory is not told.
         checkpoint: A file of weights; nothing is downloaded then.
-        num_classes: Of the classifier; by default what the weights have.
-        in_chans: Channels of the input images.
+        num_classes: Of the classifier; by default what the weights have. Where they have another number, it is a new
+            output layer, and all other weights are loaded. (torchvision's own weights are not adapted.)
+        in_chans: Channels of the input images; timm's weights, and a checkpoint of a timm model, are adapted.
+        img_size: Height and width of the input images in pixels, of a model of timm or torchvision. Weights that depend
+            on it, such as position embeddings, are resampled by timm.
         model_kwargs: Further keyword arguments of the model.
     Returns:
         The model in eval mode, its recipe, and example inputs for `convert`, None where its pretrained_cfg has them.
     Raises:
-        ConfigError: There is no such model, it does not take the arguments, or its weights cannot be had.
+        ConfigError: There is no such model, it does not take the arguments or the size, or its weights cannot be had.
         CheckpointError: The checkpoint cannot be read, or is of another model.
     """
     kwargs = dict(model_kwargs or {})
-    for key, value in (("num_classes", num_classes), ("in_chans", in_chans)):
-        if value is not None and kwargs.setdefault(key, value) != value:
+    given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    for key, value in given.items():
+        if value is not None and kwargs.get(key, value) != value:
             raise ConfigError(
                 f"{key}={value} and model_kwargs[{key!r}]={kwargs[key]!r} contradict each other. Pass one."
             )
+    kwargs |= {key: given[key] for key in ("num_classes", "in_chans") if given[key] is not None}
     _check_reserved(kwargs)
     prefix, colon, rest = name.partition(":")
     pretrained = pretrained and checkpoint is None
     inputs: Any = None
     if prefix == "torchvision" and colon:
-        model, kwargs, inputs = create_torchvision(rest, pretrained, kwargs)
+        model, kwargs, inputs = create_torchvision(rest, pretrained, kwargs, img_size)
         recipe = Recipe("torchvision", rest, kwargs)
     elif not colon or prefix in ("hf-hub", "hf_hub", "local-dir"):
-        model, recipe = _create_timm(name, pretrained, kwargs)
+        model, recipe = _create_timm(name, pretrained, kwargs, img_size)
     else:
-        model, inputs = create_own(name, kwargs)
+        model, inputs = create_own(name, kwargs, img_size)
         recipe = Recipe("factory", name, kwargs)
+    model.eval()
+    if img_size is not None:
+        inputs = at_size(model, name, inputs, img_size)
     if checkpoint is not None:
-        load_weights(model, Path(checkpoint))
-    return model.eval(), recipe, inputs
+        load_weights(model, Path(checkpoint), _changes(kwargs, img_size))
+    return model, recipe, inputs
+
+
+def _changes(kwargs: Mapping[str, Any], img_size: int | None) -> list[Change]:
+    """What may be done to a checkpoint, as far as the caller has asked for another model than it is of."""
+    changes: list[Change] = [] if img_size is None else [resample]
+    if kwargs.get("in_chans") is not None:
+        changes.append(partial(adapt_channels, in_chans=kwargs["in_chans"]))
+    if kwargs.get("num_classes") is not None:
+        changes.append(partial(renew_classifier, num_classes=kwargs["num_classes"]))
+    return changes
 
 
 def from_recipe(recipe: Recipe, device: torch.device | str = "cpu") -> nn.Module:
@@ -172,10 +194,11 @@ def _check_reserved(kwargs: Mapping[str, Any]) -> None:
 # --- timm ------------------------------------------------------------------------------------------------------------
 
 
-def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> tuple[nn.Module, Recipe]:
+def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any], img_size: int | None) -> tuple[nn.Module, Recipe]:
     import timm
 
     saved: dict[str, Any] = {}
+    architecture = name
     if ":" in name:
         cfg, architecture, arguments = _timm_config(name)
         _check_timm_name(architecture)
@@ -185,6 +208,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> tuple[n
         cfg = timm.models.get_pretrained_cfg(name)
         if pretrained and not (cfg is not None and cfg.has_weights):
             raise ConfigError(f"timm has no pretrained weights for '{name}'. {NO_WEIGHTS}.")
+    if img_size is not None and takes_size(from_recipe(Recipe("timm", architecture, {**saved, **kwargs}), "meta")):
+        kwargs = {**kwargs, "img_size": img_size}
     model = build_model(lambda weights: timm.create_model(name, pretrained=weights, **kwargs), name, kwargs, pretrained)
     seen: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if saved:

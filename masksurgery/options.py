@@ -47,6 +47,10 @@ TrainMode = Annotated[
 ]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", min=1, metavar="K", help="Of a new output layer.")]
 InChans = Annotated[int | None, typer.Option("--in-chans", min=1, metavar="C", help="Channels of the input.")]
+ImgSize = Annotated[
+    int | None,
+    typer.Option("--img-size", min=1, metavar="PX", help="Height and width of the images, if not the model's own."),
+]
 ModelKwargs = Annotated[
     str | None, typer.Option("--model-kwargs", metavar="JSON", help="Further arguments for the model: a JSON object.")
 ]

@@ -169,25 +169,32 @@ def _guesses(model: ConvertedModel) -> Iterator[Recipe]:
     ):
         return
     kwargs: dict[str, Any] = {}
-    size, classes = list(cfg.get("input_size") or (3, 224, 224)), getattr(model, "num_classes", None)
-    if type(classes) is int and classes != cfg.get("num_classes"):
-        kwargs["num_classes"] = classes
-    channels = _input_channels(model, cfg.get("first_conv"))
-    if channels is not None and channels != size[0]:
-        kwargs["in_chans"] = channels
-    image = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(image, (tuple, list)) and list(image) != size[1:]:
-        kwargs["img_size"] = list(image)
+    size = list(cfg.get("input_size") or (3, 224, 224))
     if getattr(model, "drop_rate", None):
         kwargs["drop_rate"] = model.drop_rate
     paths = [module for module in model.modules() if type(module).__name__ == "DropPath"]
     drop_path = max((float(getattr(module, "drop_prob", 0) or 0) for module in paths), default=0)
     if drop_path:
         kwargs["drop_path_rate"] = drop_path  # of the last block; timm raises it from zero block by block
+    shape = _shape(model, cfg)
+    said = {"num_classes": cfg.get("num_classes"), "in_chans": size[0], "img_size": size[1:]}
+    differ = {key: value for key, value in shape.items() if value != said[key]}
     if cfg.get("tag") and is_timm_name(f"{cfg['architecture']}.{cfg['tag']}"):
-        yield Recipe("timm", f"{cfg['architecture']}.{cfg['tag']}", kwargs)
+        for chosen in (differ, shape):  # the second where the pretrained_cfg was changed after the model was made
+            yield Recipe("timm", f"{cfg['architecture']}.{cfg['tag']}", {**chosen, **kwargs})
     shaping = {key: cfg[key] for key in SHAPING if key in cfg}
-    yield Recipe("timm", cfg["architecture"], {**kwargs, "pretrained_cfg": shaping})
+    yield Recipe("timm", cfg["architecture"], {**differ, **kwargs, "pretrained_cfg": shaping})
+
+
+def _shape(model: ConvertedModel, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of timm's models that say what shape their inputs and outputs have, as far as the model tells."""
+    image = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    found = {
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": _input_channels(model, cfg.get("first_conv")),
+        "img_size": list(image) if isinstance(image, (tuple, list)) else None,
+    }
+    return {key: value for key, value in found.items() if isinstance(value, (int, list))}
 
 
 def _input_channels(model: nn.Module, first: Any) -> int | None:

@@ -196,6 +196,18 @@ def _downstream(flow: Flow, node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def find_output_layers(region: Region) -> tuple[str, ...]:
+    """The convolutions and Linear layers that make the model's output, by name: what `where="head"` puts masks before.
+
+    Args:
+        region: Of the model itself, with the regions in it.
+    """
+    root = region.traces.module
+    names = {node: name for _, node, name in region.calls() if is_layer(root.get_submodule(name))}
+    found = (names[node] for flow, node in Flow(region).walk({}) if node in names and _is_output_layer(flow, node))
+    return tuple(dict.fromkeys(found))
+
+
 def _input_of(flow: Flow, layer: fx.Node) -> fx.Node:
     (source,) = flow.data_inputs(layer)[:1]
     while flow.passes(source) and len(flow.readers(source)) == 1 and source.op != "placeholder":

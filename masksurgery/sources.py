@@ -84,13 +84,20 @@ def _without_weights(builder: Callable[..., nn.Module], kwargs: Mapping[str, Any
     return builder(**dict.fromkeys(names), **kwargs)
 
 
+SIZE_ARGUMENTS = {"vision_transformer": "image_size", "maxvit": "input_size"}
+"""What torchvision calls the size of the image, in the modules whose models are built for one."""
+
+
 def create_torchvision(
-    name: str, pretrained: bool, kwargs: Mapping[str, Any]
+    name: str, pretrained: bool, kwargs: Mapping[str, Any], img_size: int | None = None
 ) -> tuple[nn.Module, dict[str, Any], tuple[Tensor]]:
     """A model, the arguments that make it again without weights, and example inputs."""
     builder = _find_builder(name)
     from torchvision import models
 
+    argument = SIZE_ARGUMENTS.get(builder.__module__.rpartition(".")[2])
+    if img_size is not None and argument is not None:
+        kwargs = {**kwargs, argument: img_size if argument == "image_size" else (img_size, img_size)}
     weights = getattr(models.get_model_weights(name), "DEFAULT", None)
     classes = len(weights.meta.get("categories") or ()) if weights else 0
     if pretrained and weights is None:
@@ -141,8 +148,13 @@ def _pretrained_cfg(model: nn.Module, weights: Any, kwargs: Mapping[str, Any]) -
 # --- a factory of one's own ------------------------------------------------------------------------------------------
 
 
-def create_own(name: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+def create_own(name: str, kwargs: Mapping[str, Any], img_size: int | None = None) -> tuple[nn.Module, Any]:
     """A model of the user's own, and its example inputs, None where its pretrained_cfg has them."""
+    if img_size is not None:
+        raise ConfigError(
+            f"img_size={img_size} (--img-size) is for models of timm and torchvision. Let '{name}' set "
+            f"model.example_inputs = (torch.zeros(1, 3, {img_size}, {img_size}),) before it returns the model."
+        )
     model = call_factory(name, kwargs)
     inputs = getattr(model, "example_inputs", None)
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}

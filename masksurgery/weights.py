@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,24 @@ PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before every key."""
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+Shape = tuple[int, ...]
+Change = Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
+"""Makes a state dict fit a model, such as `adapt.renew_classifier`."""
+
+
+def load_weights(model: nn.Module, path: Path, changes: Sequence[Change] = ()) -> None:
     """Load a checkpoint into a base model, strictly.
 
+    Args:
+        changes: What may be done to the checkpoint first.
     Raises:
         CheckpointError: The file cannot be read, or its keys or shapes are not the model's.
     """
-    state = unwrap(read_tensors(path), path)
+    state: Mapping[str, Tensor] = unwrap(read_tensors(path), path)
+    for change in changes:
+        state = change(state, model)
     check_keys(state, model.state_dict(), path, _adapt_hint)
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(dict(state), strict=True)
 
 
 def read_tensors(path: Path) -> Any:
@@ -108,11 +117,7 @@ def check_keys(
     model: str = "the model",
 ) -> None:
     """Raise a CheckpointError that names the first keys that are missing, unexpected or of another shape."""
-    wrong = {
-        key: (tuple(found[key].shape), tuple(wanted[key].shape))
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    }
+    wrong = other_shapes(found, wanted)
     faults = [
         _first("missing", [key for key in wanted if key not in found]),
         _first("unexpected", [key for key in found if key not in wanted]),
@@ -125,24 +130,40 @@ def check_keys(
         )
 
 
+def other_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, tuple[Shape, Shape]]:
+    """The shapes in both of the keys whose shapes differ."""
+    return {
+        key: (tuple(found[key].shape), tuple(wanted[key].shape))
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    }
+
+
+def other_rows(shapes: Mapping[str, tuple[Shape, Shape]]) -> dict[str, tuple[int, int]]:
+    """The numbers of rows of each layer in `shapes`, if they are all that differs; else nothing."""
+    rows: dict[str, tuple[int, int]] = {}
+    for key, (found, wanted) in shapes.items():
+        if not found or not wanted or found[1:] != wanted[1:]:
+            return {}
+        if rows.setdefault(key.rpartition(".")[0], (found[0], wanted[0])) != (found[0], wanted[0]):
+            return {}
+    return rows
+
+
 def _first(what: str, names: list[str], count: int = 3) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return f"{what}: {', '.join(names[:count])}{more}" if names else ""
 
 
-def _adapt_hint(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _adapt_hint(wrong: Mapping[str, tuple[Shape, Shape]]) -> str:
     """What to do where only the classifier differs."""
-    layers = {key.rpartition(".")[0] for key in wrong}
-    rows = {(found[:1], wanted[:1]) for found, wanted in wrong.values() if found[1:] == wanted[1:]}
-    if len(layers) != 1 or len(rows) != 1 or not all(found[1:] == wanted[1:] for found, wanted in wrong.values()):
+    rows = other_rows(wrong)
+    if len(rows) != 1:
         return ""
-    ((found, wanted),) = rows
-    if not found or not wanted:
-        return ""
-    (layer,) = layers
+    ((layer, (found, wanted)),) = rows.items()
     return (
-        f" The checkpoint's classifier '{layer}' has {found[0]} classes, the model's {wanted[0]}: "
-        f"pass num_classes={found[0]} (--num-classes {found[0]})."
+        f" The checkpoint's classifier '{layer}' has {found} classes, the model's {wanted}: "
+        f"pass num_classes={found} (--num-classes {found})."
     )
 
 

@@ -459,22 +459,31 @@ def test_other_tasks(run: Callable[..., Result], photos: Path, task: str) -> Non
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_processes(photos: Path, factories: str) -> None:
-    """Standard output and error are apart, and nothing but the exit status tells the shell."""
+def start(*arguments: Any) -> Result:
+    """A command in a process of its own: output and errors are apart, and only the exit status tells the shell."""
+    command = [sys.executable, "-m", "masksurgery", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"})
+    return Result(done.returncode, done.stdout, done.stderr)
 
-    def start(*arguments: Any) -> Result:
-        command = [sys.executable, "-m", "masksurgery", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"})
-        return Result(done.returncode, done.stdout, done.stderr)
 
+def test_a_process_that_predicts(photos: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "more" / "c.png").write_bytes(b"")
+    monkeypatch.chdir(photos.parent)
+    status, out, err = start("predict", saved, "photos", "--topk", 1)
+    assert status == 1 and len(out.splitlines()) >= 3 and err.count("\n") == 1 and "photos/more/c.png" in err
+
+
+def test_a_process_that_is_interrupted(factories: str) -> None:
+    assert start("convert", f"{factories}:interrupted", "-o", "other") == (130, "", "")
+    assert not Path("other").exists()
+
+
+@pytest.mark.slow
+def test_processes(factories: str) -> None:
     status, out, err = start("convert", *SMALL, "-o", "model", "--where", "head")
     assert (status, err) == (0, "") and out.startswith("test_resnet is now an ensemble in model\n")
     status, out, err = start("inspect", "test_resnet", "--json")
     assert (status, err, json.loads(out)["n"]) == (0, "", 4)
-    (photos / "more" / "c.png").write_bytes(b"")
-    status, out, err = start("predict", "model", "photos", "--topk", 1)
-    assert status == 1 and len(out.splitlines()) >= 3 and err.count("\n") == 1 and "photos/more/c.png" in err
     status, out, err = start("convert", *SMALL, "-o", "other", "--n", 0)
     assert (status, out) == (2, "") and err.count("\n") == 1 and "Traceback" not in err
-    assert start("convert", f"{factories}:interrupted", "-o", "other") == (130, "", "")
     assert not Path("other").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -410,23 +409,6 @@ def lambda_free(base: nn.Module) -> nn.Module:
 
 
 # --- other people's models -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("build", "sites"),
-    [
-        (lambda: torchvision.models.resnet18(num_classes=5), 20),
-        (lambda: torchvision.models.vit_b_16(num_classes=5, image_size=32), 25),
-        (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), 24),
-    ],
-    ids=["resnet18", "vit_b_16", "mobilenet_v3_small"],
-)
-def test_torchvision(build: Callable[[], nn.Module], sites: int) -> None:
-    base = randomise(build()).double().eval()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    model = convert(base, example_inputs=(x,))
-    masksurgery.verify(model, base, x)
-    assert len(model.surgery.sites) == sites
 
 
 def test_auxiliary_heads_live_in_training_only() -> None:

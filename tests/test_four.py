@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import masksurgery
 from masksurgery.example import Example
@@ -20,12 +22,29 @@ four = pytest.mark.parametrize("name", FOUR)
 numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Callable[..., nn.Module]]:
+    """`small`, but each model is built once: tests only read it, which is checked at the end."""
+    made: dict[tuple[str, bool], nn.Module] = {}
+
+    def build(name: str, *, drop: bool = False) -> nn.Module:
+        if (name, drop) not in made:
+            made[name, drop] = small(name, drop=drop)
+        return made[name, drop]
+
+    yield build
+    for (name, drop), base in made.items():
+        fresh = small(name, drop=drop).state_dict()
+        assert all(torch.equal(x, fresh[key]) for key, x in base.state_dict().items()), f"a test has changed {name}"
+        assert not any(module.training or module._forward_hooks for module in base.modules())
+
+
 @four
 @numbers
-def test_members_are_the_base_model_with_masks(name: str, n: int) -> None:
-    base = small(name)
+def test_members_are_the_base_model_with_masks(shared: Callable[..., nn.Module], name: str, n: int) -> None:
+    base = shared(name)
     model = masksurgery.convert(base, n=n)
-    for batch in (1, 3, 5):
+    for batch in (1, 5):
         found = masksurgery.verify(model, base, images(name, batch))
         assert found.relative <= 1e-12
         assert sum(found.routes.values()) == len(model.surgery.sites)
@@ -34,13 +53,13 @@ def test_members_are_the_base_model_with_masks(name: str, n: int) -> None:
 
 @four
 @numbers
-def test_training_rows_are_those_of_their_member(name: str, n: int) -> None:
-    base = small(name, drop=True)
+def test_training_rows_are_those_of_their_member(shared: Callable[..., nn.Module], name: str, n: int) -> None:
+    base = shared(name, drop=True)
     model = masksurgery.convert(base, n=n)
-    for batch in (2, 3, 4, 7):
+    for batch in (3, 7):
         assert masksurgery.verify(model, base, images(name, batch), mode="train").relative <= 1e-12
-    model = masksurgery.convert(small(name), n=n, train_mode="repeat")
-    assert masksurgery.verify(model, small(name), images(name, 3), mode="train").relative <= 1e-12
+    model = masksurgery.convert(shared(name), n=n, train_mode="repeat")
+    assert masksurgery.verify(model, shared(name), images(name, 3), mode="train").relative <= 1e-12
 
 
 @pytest.mark.slow
@@ -55,8 +74,8 @@ def test_any_flipped_bit_is_found(name: str) -> None:
 
 @four
 @pytest.mark.parametrize("include", [None, "last", "head"])
-def test_late_repeat_is_input_repeat(name: str, include: str | None) -> None:
-    base, x = small(name), images(name, 3)
+def test_late_repeat_is_input_repeat(shared: Callable[..., nn.Module], name: str, include: str | None) -> None:
+    base, x = shared(name), images(name, 3)
     last = {"resnet50": "layer4.*", "mobilenetv3_small_100": "blocks.4.*"}.get(name, "*blocks.1.mlp.*")
     kwargs = {None: {}, "last": {"include": [last]}, "head": {"where": "head"}}[include]
     model = masksurgery.convert(base, **kwargs)
@@ -64,12 +83,13 @@ def test_late_repeat_is_input_repeat(name: str, include: str | None) -> None:
         late = model(x).members
     early = by_member(input_repeat(model, (x,)), 4)
     assert (late - early).abs().max() <= 1e-12 * early.abs().max()
-    masksurgery.verify(model, base, x)
+    if include is not None:  # else it is verified above
+        masksurgery.verify(model, base, x)
 
 
 @four
-def test_scale_one_is_the_base_model(name: str) -> None:
-    base, x = small(name), images(name, 2)
+def test_scale_one_is_the_base_model(shared: Callable[..., nn.Module], name: str) -> None:
+    base, x = shared(name), images(name, 2)
     model = masksurgery.convert(base, scale=1.0)
     with torch.no_grad():
         logits, p = base(x), model(x)
@@ -79,8 +99,8 @@ def test_scale_one_is_the_base_model(name: str) -> None:
 
 
 @four
-def test_isolation(name: str) -> None:
-    base, x = small(name), images(name, 3)
+def test_isolation(shared: Callable[..., nn.Module], name: str) -> None:
+    base, x = shared(name), images(name, 3)
     model = masksurgery.convert(base)
     with torch.no_grad():
         before = model(x).members
@@ -100,8 +120,8 @@ def test_isolation(name: str) -> None:
 
 
 @four
-def test_a_nan_stays_in_its_sample_in_training(name: str) -> None:
-    base, x = small(name), images(name, 5)
+def test_a_nan_stays_in_its_sample_in_training(shared: Callable[..., nn.Module], name: str) -> None:
+    base, x = shared(name), images(name, 5)
     model = masksurgery.convert(base).train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -114,9 +134,9 @@ def test_a_nan_stays_in_its_sample_in_training(name: str) -> None:
 
 
 @four
-def test_frozen_rows_are_those_of_their_member_in_eval(name: str) -> None:
+def test_frozen_rows_are_those_of_their_member_in_eval(shared: Callable[..., nn.Module], name: str) -> None:
     """With nothing in training mode but the root, a split row is the row of its member in eval."""
-    base, x = small(name), images(name, 7)
+    base, x = shared(name), images(name, 7)
     model = masksurgery.convert(base)
     with torch.no_grad():
         members = model(x).members
@@ -129,8 +149,8 @@ def test_frozen_rows_are_those_of_their_member_in_eval(name: str) -> None:
 
 
 @four
-def test_drop_rates_are_active_in_training_and_off_in_eval(name: str) -> None:
-    base, x = small(name, drop=True), images(name, 4)
+def test_drop_rates_are_active_in_training_and_off_in_eval(shared: Callable[..., nn.Module], name: str) -> None:
+    base, x = shared(name, drop=True), images(name, 4)
     model = masksurgery.convert(base).train()
     model.members_module.fixed = torch.arange(4)
     for module in model.modules():

@@ -20,7 +20,19 @@ ROWS = (
     ("tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "candidates", "sites", "rewrite"),
     ("graphs", "part", "model", "macs", "convert"),
-    ("oracle", "checkpoint", "rebuild", "record", "sources", "weights", "verify", "recalibrate", "factory"),
+    (
+        "oracle",
+        "checkpoint",
+        "rebuild",
+        "record",
+        "sources",
+        "weights",
+        "adapt",
+        "sizes",
+        "verify",
+        "recalibrate",
+        "factory",
+    ),
     ("images", "transforms", "randomness", "data"),
     ("losses", "training_config", "events", "stopping", "runs", "optimisation", "validation", "trainer"),
     ("hub", "pack", "finetune", "evaluate", "report", "export", "keras"),
@@ -28,7 +40,7 @@ ROWS = (
     ("options", "settings_options", "tables", "progress", "cli_finetune", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
-TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory"}
+TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory", "adapt"}
 HEAVY = ("timm", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -74,15 +75,29 @@ KINDS = [
 ]
 
 
-@settings(max_examples=40)
-@given(
+NETWORKS = (
     st.lists(st.sampled_from(KINDS), min_size=1, max_size=5),
     st.integers(1, 5),
     st.floats(1.2, 4),
     st.integers(1, 4),
     st.randoms(use_true_random=False),
 )
+
+
+@settings(max_examples=15)
+@given(*NETWORKS)
 def test_random_networks(kinds: list[str], n: int, scale: float, batch: int, random) -> None:
+    check(kinds, n, scale, batch, random)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(*NETWORKS)
+def test_more_random_networks(kinds: list[str], n: int, scale: float, batch: int, random) -> None:
+    check(kinds, n, scale, batch, random)
+
+
+def check(kinds: list[str], n: int, scale: float, batch: int, random) -> None:
     base = randomise(Network(kinds), 0).double().eval()
     x = torch.randn(batch, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = masksurgery.convert(base, n=n, scale=scale, example_inputs=(x,))

@@ -11,7 +11,7 @@ from proofs import prove, rows, skipped_as
 SMALL = {"encoder_name": "tu-resnet10t", "encoder_weights": None, "classes": 4}
 
 
-QUICK, SLOW = ("Unet", "FPN", "DeepLabV3Plus", "Segformer"), ("UnetPlusPlus", "MAnet", "UPerNet")
+QUICK, SLOW = ("FPN",), ("DeepLabV3Plus", "Segformer", "UnetPlusPlus", "MAnet", "UPerNet")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -40,6 +40,7 @@ def test_labels_beside_the_mask() -> None:
     assert masks.mean.shape == (2, 4, 64, 64) and labels.mean.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_one_class_by_its_yes_or_no() -> None:
     model, _ = prove(smp.Unet(**{**SMALL, "classes": 1}), rows(3, 3, 64, 64), options={"task": "multilabel"})
     p = model(rows(2, 3, 64, 64).double())

@@ -16,20 +16,24 @@ from masksurgery.layers import Masksembles3D
 from proofs import prove, rows, skipped_as
 
 NONE = {"weights": None, "weights_backbone": None}
-IMAGES: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: zoo.resnet18(num_classes=5),
-    "squeezenet1_1": lambda: zoo.squeezenet1_1(num_classes=5),
-    "mobilenet_v3_small": lambda: zoo.mobilenet_v3_small(num_classes=5),
-    "shufflenet_v2_x0_5": lambda: zoo.shufflenet_v2_x0_5(num_classes=5),
-    "vit": lambda: zoo.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=5),
-    "swin": lambda: zoo.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5),
-    "maxvit": lambda: zoo.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.2, num_classes=5),
+# A model, and the number of its sites.
+IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: zoo.resnet18(num_classes=5), 20),
+    "squeezenet1_1": (lambda: zoo.squeezenet1_1(num_classes=5), 1 + 8 * 3),  # the stem, of each fire its three
+    "mobilenet_v3_small": (lambda: zoo.mobilenet_v3_small(num_classes=5), 24),
+    "shufflenet_v2_x0_5": (lambda: zoo.shufflenet_v2_x0_5(num_classes=5), 2 + 16),  # both ends, one of each unit
+    "vit": (lambda: zoo.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=5), 1 + 2 * 2),  # of each block its MLP
+    "swin": (lambda: zoo.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5), 2 + 4 * 2),
+    # The stem, of each block three of its convolutions and three of each of its attentions, and before the logits.
+    "maxvit": (lambda: zoo.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.2, num_classes=5), 2 + 2 * (3 + 2 * 3) + 1),
 }
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images(name: str) -> None:
-    model, _ = prove(IMAGES[name](), rows(3, 3, 64, 64))
+    build, sites = IMAGES[name]
+    model, _ = prove(build(), rows(3, 3, 64, 64))
+    assert len(model.surgery.sites) == sites
     p = model(rows(2, 3, 64, 64).double())
     assert p.mean.shape == p.variance.shape == (2, 5)
     assert p.members.shape == (2, 4, 5)
@@ -52,7 +56,9 @@ def test_segmentation() -> None:
     assert type(result) is OrderedDict and result["aux"].shape == (3, 5, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("deeplabv3_mobilenet_v3_large", marks=pytest.mark.slow), "lraspp_mobilenet_v3_large"]
+)
 def test_segmentation_with_a_mobile_backbone(name: str) -> None:
     model, _ = prove(getattr(segmentation, name)(**NONE, num_classes=5), rows(2, 3, 64, 64))
     # The logits of the two heads of LRASPP are added: neither is masked.
@@ -105,7 +111,9 @@ DETECTION = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("50" in name)) for name in DETECTION])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("ssd" not in name)) for name in DETECTION]
+)
 def test_detection_is_converted_by_its_backbone(name: str) -> None:
     base = getattr(detection, name)(**NONE, num_classes=3)
     images = [rows(3, 64, 80).abs(), rows(3, 70, 64).abs()]

@@ -65,7 +65,9 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "segformer")) for name in IMAGES]
+)
 def test_images(name: str) -> None:
     build, size = IMAGES[name]
     model, base = prove(build(), pixel_values=rows(3, 3, size, size))
@@ -155,6 +157,7 @@ def test_losses_in_repeat_mode() -> None:
     torch.testing.assert_close(result.loss, F.cross_entropy(result.logits, masksurgery.repeat_targets(LABELS, 4)))
 
 
+@pytest.mark.slow
 def test_loss_of_a_segmentation() -> None:
     base = make("SegformerForSemanticSegmentation", "SegformerConfig", **SEGFORMER)
     labels = torch.randint(0, 5, (2, 64, 64), generator=torch.Generator().manual_seed(0))
