@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from finetuning import tensors_of
 from timm.data import Mixup
 from torch import nn
 
 import masksurgery
 from masksurgery.events import Interrupted
 from masksurgery.types import CheckpointError, TrainingError
-from training import CLASSES, SIZE, STEPS, Batches, make_base, make_model, make_trainer, weights_of
+from training import CLASSES, SIZE, STEPS, Batches, make_base, make_model, make_trainer
 
 # --- a run that was stopped ------------------------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ def test_a_run_that_crashed_ends_as_if_it_had_not(tmp_path: Path, step: int) -> 
     resumed, later = make_trainer(tmp_path / "broken", rich_model(), resume=True, mixup=rich_mixup(), **RICH)
     resumed.run()
     assert later[0].step == (step // 2 * 2 if step < STEPS else max(STEPS, step // 2 * 2))
-    assert weights_of(tmp_path / "broken") == weights_of(tmp_path / "whole")
+    assert tensors_of(tmp_path / "broken") == tensors_of(tmp_path / "whole")
     assert figures(tmp_path / "broken") == figures(tmp_path / "whole")
     states = [torch.load(tmp_path / run / "resume.pt", weights_only=True) for run in ("whole", "broken")]
     for part in ("model", "ema"):
@@ -83,7 +84,7 @@ def figures(folder: Path) -> list[list[str]]:
 def test_runs_of_one_seed_are_equal_and_of_two_differ(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_trainer(tmp_path / name, rich_model(), mixup=rich_mixup(), **{**RICH, "seed": seed})[0].run()
-    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b") != tensors_of(tmp_path / "c")
 
 
 def test_the_global_random_state_is_given_back(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> Non
     resumed, observed = make_trainer(tmp_path / "run", resume=True)
     resumed.run()
     assert observed[0].step == 4
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
@@ -130,7 +131,7 @@ def test_a_signal_in_the_validation_saves_and_stops(tmp_path: Path) -> None:
     resumed, observed = make_trainer(tmp_path / "run", resume=True)
     resumed.run()
     assert [event.step for event in observed.epochs] == [5, 10]
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
@@ -145,11 +146,11 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
 
 def test_a_run_that_is_finished_is_not_run_again(tmp_path: Path) -> None:
     make_trainer(tmp_path / "run")[0].run()
-    before = weights_of(tmp_path / "run")
+    before = tensors_of(tmp_path / "run")
     again, observed = make_trainer(tmp_path / "run", batches=Batches(at=crash_at(0)), resume=True)
     assert again.run().step == 10
     assert [type(event).__name__ for event in observed] == ["Begun"]
-    assert weights_of(tmp_path / "run") == before
+    assert tensors_of(tmp_path / "run") == before
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import masksurgery
@@ -40,17 +39,25 @@ class Small(nn.Module):
         return self.fc(self.drop(self.body(self.stem(x)).mean((2, 3))))
 
 
-def make_base(name: str = "", **kwargs: Any) -> nn.Module:
-    """timm's architecture, or the small one, with the same random weights each time."""
+def make_base(**kwargs: Any) -> nn.Module:
+    """The small network, with the same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.create_model(name, num_classes=CLASSES, **kwargs) if name else Small(**kwargs)
+        return Small(**kwargs)
+
+
+def make_timm(name: str, **kwargs: Any) -> nn.Module:
+    """An architecture of timm, with the same random weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model(name, **kwargs)
 
 
 def make_model(name: str = "", **kwargs: Any) -> masksurgery.ConvertedModel:
     """A converted model."""
     settings = {key: kwargs.pop(key) for key in ("n", "task", "train_mode", "where") if key in kwargs}
-    return masksurgery.convert(make_base(name, **kwargs), example_inputs=(torch.zeros(1, 3, SIZE, SIZE),), **settings)
+    base = make_timm(name, num_classes=CLASSES, **kwargs) if name else make_base(**kwargs)
+    return masksurgery.convert(base, example_inputs=(torch.zeros(1, 3, SIZE, SIZE),), **settings)
 
 
 class Batches:
@@ -121,13 +128,3 @@ def make_trainer(
         **extra,
     )
     return trainer, observed
-
-
-def weights_of(folder: Path) -> dict[str, bytes]:
-    """Every bit of the best and of the last model."""
-    found = {}
-    for place in (folder, folder / "last"):
-        found[f"{place.relative_to(folder)}/config.json"] = (place / "config.json").read_bytes()
-        for name, x in load_file(place / "model.safetensors").items():  # the file's own header has no fixed order
-            found[f"{place.relative_to(folder)}/{name}"] = x.numpy().tobytes()
-    return found
