@@ -84,7 +84,7 @@ def finetune(
         raise typer.Exit(130) from None
     if main:
         name = readable(output)
-        out().print(f"The best model is in {name}, the last one in {name}/last, the figures in {name}/metrics.csv.")
+        out().print(f"The best model is in {name}, the last one in {name}/last.", soft_wrap=True)
         if not base_only:
             out().print(f"Next: masksurgery predict {shlex.quote(name)} photo.jpg", soft_wrap=True)
 

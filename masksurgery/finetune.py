@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from masksurgery.checkpoint import load, load_base, save
 from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
 from masksurgery.events import Observer
-from masksurgery.images import image_input, pretrained_cfg
+from masksurgery.images import image_input, preprocessing_of
 from masksurgery.losses import Objective, choose_loss, first_prediction
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
@@ -29,7 +29,7 @@ from masksurgery.runs import RunFolder
 from masksurgery.sites import output_layers
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FREE, FinetuneConfig
-from masksurgery.transforms import Augmentation, Preprocessing, Transform
+from masksurgery.transforms import Augmentation, Transform
 from masksurgery.types import ConfigError
 from masksurgery.weights import collect_tensors, write_folder
 
@@ -93,7 +93,7 @@ def finetune(
         trained = output_layers(converted) if config.freeze else None
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
-        settings = _settings(module, data, parts, config, augmentation, base_only)
+        settings = _settings(module, data, parts, config, augmentation, base_only, accelerator.num_processes)
         if accelerator.is_main_process:
             folder.begin(settings, resume, force)
         accelerator.wait_for_everyone()
@@ -220,10 +220,15 @@ def _settings(
     config: FinetuneConfig,
     augmentation: Augmentation,
     base_only: bool,
+    processes: int,
 ) -> dict[str, Any]:
     """What makes a run the one that it is."""
-    found = {"train": len(parts.train), "val": len(parts.val), "classes": parts.classes}
-    own = {name: value for name, value in asdict(config).items() if name not in FREE}
+    found: dict[str, Any] = {"train": len(parts.train), "val": len(parts.val), "classes": parts.classes}
+    if not isinstance(parts.train, Source):
+        found["processes"] = processes
+    # The order of a stream depends on who reads it.
+    free = FREE if isinstance(parts.train, Source) else tuple(name for name in FREE if name != "workers")
+    own = {name: value for name, value in asdict(config).items() if name not in free}
     return {
         "model": _fingerprint(module),
         "base_only": base_only,
@@ -284,8 +289,7 @@ class _Loaders:
         augmentation: Augmentation,
         accelerator: Accelerator,
     ) -> _Loaders:
-        shape, dtype = image_input(model)
-        prepared = Preprocessing(shape[1:], getattr(torch, dtype), pretrained_cfg(model))
+        prepared = preprocessing_of(model)
         share = accelerator.num_processes * config.accumulate
         even = share * (2 if config.mixup or config.cutmix else 1)
         if config.batch_size % even:

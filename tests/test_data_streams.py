@@ -207,6 +207,15 @@ def test_streams_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         run(open_it(folder, val_split="test").train, (0, 1), batch_size=35)
 
 
+def test_names_of_remote_shards() -> None:
+    config = {"data_dir": "http://localhost:9/x", "val_split": "val-{0..1}.tar|2"}
+    data = open_data(DataConfig("wds/pictures", train_split="a/train-{0..1}.tar|20", **config))
+    assert isinstance(data.train, Shards)
+    assert data.train.files == ("http://localhost:9/x/a/train-0.tar", "http://localhost:9/x/a/train-1.tar")
+    with pytest.raises(DataError, match=r"\"a';touch b;'.tar\" is no name of a shard"):
+        open_data(DataConfig("wds/pictures", train_split="a';touch b;'.tar|20", **config))
+
+
 def test_labels_of_no_class(tmp_path: Path) -> None:
     data = open_data(DataConfig(f"wds/{write_shards(tmp_path, LENGTHS)}"), num_classes=2)
     with pytest.raises(DataError, match=r"has the label 2, and the model only classes 0 to 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,11 @@ def explained(config: DataConfig) -> Iterator[None]:
     except Exception as error:  # timm asserts, and the hub's client has errors of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{config.data} cannot be opened: {lines[0].rstrip('.')}.") from error
+
+
+def lacks_split(error: DataError) -> bool:
+    """The data set has no split of that name: neither timm nor datasets has an error of its own for it."""
+    return re.search("Unknown split|not found in info|length is unknown", str(error)) is not None
 
 
 def _open_folder(config: DataConfig, root: Path) -> tuple[Part, Part | None]:
@@ -144,7 +150,7 @@ def _open_hugging_face(config: DataConfig) -> tuple[Part, Part | None]:
         try:
             return train, _read_hugging_face(config, split)
         except DataError as error:
-            if "split" not in str(error).lower():  # datasets has no error of its own for a split that it lacks
+            if not lacks_split(error):
                 raise
     return train, None
 

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from PIL import Image
 
 from masksurgery.data.config import TRAIN_NAMES, VAL_NAMES, DataConfig
-from masksurgery.data.named import explained
+from masksurgery.data.named import explained, lacks_split
 from masksurgery.data.source import as_index
 from masksurgery.images import Broken, ImageError, decode_image, explain, reading, to_channels
 from masksurgery.randomness import generator
@@ -99,7 +99,7 @@ def _first(config: DataConfig, asked: str | None, names: tuple[str, ...], open_o
         try:
             return open_one(name)
         except DataError as error:
-            if not re.search("split|length is unknown", str(error)):  # timm has no error of its own for it
+            if not lacks_split(error):
                 raise
             problem = error
     if asked is not None:
@@ -195,14 +195,23 @@ def _open_shards(config: DataConfig, split: str, training: bool, more: dict[str,
 
         with _quiet("timm.data.readers.reader_wds"):  # it warns that there is no _info.json, which a pattern replaces
             reader = create_dataset(config.data, root, split=split, is_training=training).reader
-    files = tuple(
-        str(Path(root) / file) if "://" not in root else f"{root}/{file}" for file in reader.split_info.filenames
-    )
-    missing = [file for file in files if "://" not in file and not Path(file).is_file()]
-    if missing:
-        raise DataError(f"{config.data}: {len(missing)} of {len(files)} shards are missing, such as '{missing[0]}'.")
+    files = _locate(config, root, reader.split_info.filenames)
     called = "training" if training else "validation"
     return Shards(files, reader.num_samples, reader.split_info.alt_label, called=called, **more)
+
+
+def _locate(config: DataConfig, root: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Paths or addresses of the shards, which are there or may be."""
+    if "://" in root:
+        odd = [name for name in names if not re.fullmatch(r"[\w./=+-]+", name)]
+        if odd:  # webdataset writes an address into a command of a shell
+            raise DataError(f"{config.data}: {odd[0]!r} is no name of a shard. Letters, digits and ._-/=+ are allowed.")
+        return tuple(f"{root.rstrip('/')}/{name}" for name in names)
+    files = tuple(str(Path(root) / name) for name in names)
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise DataError(f"{config.data}: {len(missing)} of {len(files)} shards are missing, such as '{missing[0]}'.")
+    return files
 
 
 @contextmanager
