@@ -61,7 +61,9 @@ def finetune(
     from masksurgery.events import Interrupted
     from masksurgery.images import readable
     from masksurgery.progress import TrainingProgress
+    from masksurgery.runs import STATE
     from masksurgery.tables import out, print_line
+    from masksurgery.types import CheckpointError, DataError
 
     main = os.environ.get("RANK", "0") == "0"  # as the launchers of torch and Accelerate set it
     try:
@@ -82,6 +84,12 @@ def finetune(
         if main:
             print_line("stopped", f"{interrupted} Go on with: {_again()}")
         raise typer.Exit(130) from None
+    except (CheckpointError, DataError) as error:
+        if not (output / STATE).exists():
+            raise
+        raise type(error)(
+            f"{error} The state of the run is kept; when that is mended, go on with: {_again()}"
+        ) from error
     if main:
         name = readable(output)
         out().print(f"The best model is in {name}, the last one in {name}/last.", soft_wrap=True)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import tensors_of
 from timm.data import Mixup
 from torch import nn
 
 import masksurgery
+from finetuning import tensors_of
 from masksurgery.events import Interrupted
 from masksurgery.types import CheckpointError, TrainingError
 from training import CLASSES, SIZE, STEPS, Batches, make_base, make_model, make_trainer
@@ -179,7 +179,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
             model.fc.weight.register_hook(lambda grad: grad * float("inf"))
 
     trainer, _ = make_trainer(tmp_path / "run", model, Batches(at=at), checkpoint_every=7, clip_grad=0.0)
-    with pytest.raises(TrainingError, match="'fc.weight' has values that are no numbers after step 7"):
+    with pytest.raises(TrainingError, match=r"'fc\.weight' has values that are no numbers after step 7"):
         trainer.run()
     assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == STEPS
 
