@@ -27,7 +27,7 @@ from masksurgery.part import replace_by_part
 from masksurgery.prediction import Head, check_outputs, leaf_tasks
 from masksurgery.regions import Region, explore
 from masksurgery.rewrite import Mask, Plan, output_shapes, plan, plan_part, rewrite, rewrite_part
-from masksurgery.sites import find_sites, match_sites, unused_name
+from masksurgery.sites import find_output_layers, find_sites, match_sites, unused_name
 from masksurgery.types import (
     ConfigError,
     ConvertConfig,
@@ -225,6 +225,7 @@ def build(
 ) -> ConvertedModel:
     """Rewrite the traced graphs with these sites and masks."""
     config, region, traces = draft.config, draft.region, draft.region.traces
+    output_layers = find_output_layers(region)
     plans = {part.name: _plan(part, sites) for part in region.walk()}
     root_plan = plans[""][0]
     outputs = region.facts[next(iter(reversed(traces.eval.nodes)))]
@@ -244,7 +245,9 @@ def build(
             _replace(part, traces.module, plans[part.name], _mask_modules(part, sites, masks, config), members)
     changes = config.where == "all" and not all(rows.all() for rows in masks.values())
     notes = (*_notes(region), FINE_TUNE) if changes else _notes(region)
-    surgery = Surgery(config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks))
+    surgery = Surgery(
+        config.n, config.scale, config.seed, tuple(sites), tuple(skipped), notes, dict(masks), output_layers
+    )
     parts = {part.name: part.example.light() for part in region.walk() if part.name}
     return ConvertedModel(draft.base, traces, modules, surgery, config, names, draft.inputs, parts)
 

@@ -26,7 +26,6 @@ from masksurgery.optimisation import check_optimizer, create_mixup
 from masksurgery.rebuild import plain_cfg
 from masksurgery.recalibrate import recalibrate
 from masksurgery.runs import RunFolder
-from masksurgery.sites import output_layers
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FREE, FinetuneConfig
 from masksurgery.transforms import Augmentation, Transform
@@ -90,7 +89,7 @@ def finetune(
         objective = _choose_objective(converted, config)
         parts = _open_data(data, converted, config, accelerator)
         loaders = _Loaders.of(converted, parts, config, augmentation, accelerator)
-        trained = output_layers(converted) if config.freeze else None
+        trained = converted.surgery.output_layers if config.freeze else None
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
         settings = _settings(module, data, parts, config, augmentation, base_only, accelerator.num_processes)

@@ -120,8 +120,16 @@ class Skipped:
 class Surgery:
     """What a conversion did, as data.
 
-    `masks` holds the masks as they were decided, boolean [n, c] by the name of the mask module: what `verify` compares
-    the model with.
+    Attributes:
+        n: Number of members.
+        scale: What the masks were drawn with.
+        seed: The same.
+        sites: What is masked.
+        skipped: The candidate layers that are not.
+        notes: What there is to know beside.
+        masks: As they were decided, boolean [n, c] by the name of the mask module: what `verify` compares the model
+            with.
+        output_layers: Qualified names of the convolutions and Linear layers that make the model's output.
     """
 
     n: int
@@ -131,6 +139,7 @@ class Surgery:
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     masks: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    output_layers: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; without the masks."""

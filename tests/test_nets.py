@@ -51,6 +51,7 @@ def test_sites_are_those_worked_out_by_hand(net: Net) -> None:
     assert set(reasons) == set(net.skipped)
     for layer, word in net.skipped.items():
         assert word in reasons[layer], (layer, reasons[layer])
+    assert set(surgery.output_layers) == {layer for layer, reason in reasons.items() if reason.startswith("output")}
     assert {layer: site.layer for site in surgery.sites for layer in site.chain} == net.chained
     dims = {site.layer: (site.batch_dim, site.channel_dim) for site in surgery.sites}
     assert {layer: dims[layer] for layer in net.dims} == net.dims
