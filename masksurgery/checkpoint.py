@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from torch import nn
 from masksurgery.convert import build
 from masksurgery.folders import SavedModel, check_masks, check_replaceable
 from masksurgery.model import ConvertedModel
-from masksurgery.rebuild import describe
+from masksurgery.rebuild import describe, plain_cfg
 from masksurgery.restore import restore_base, restore_draft
 from masksurgery.types import CheckpointError, ConfigError, MasksurgeryError
 from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, write_folder
@@ -92,3 +96,31 @@ def load_base(
         CheckpointError: Names the file and the key that is missing or wrong.
     """
     return restore_base(SavedModel.read(directory), base, trust).eval().to(device)
+
+
+def save_base(model: nn.Module, directory: str | Path, recipe: Mapping[str, Any] | None) -> Path:
+    """Save a base model as timm writes models for the hub: `timm.create_model("local-dir:...")` reads it.
+
+    Args:
+        model: A base model.
+        directory: Made if there is none. The two files are replaced, both or neither.
+        recipe: What makes the model again, `ConvertedModel.recipe`; None if nobody knows.
+    Returns:
+        The folder.
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    folder, recipe = Path(directory), recipe or {}
+    tensors, aliases = collect_tensors(model, folder / WEIGHTS)
+    tensors |= {name: tensors[first].clone() for name, first in aliases.items()}  # timm reads every name
+    cfg = plain_cfg(getattr(model, "pretrained_cfg", None)) or {}
+    arguments = {k: x for k, x in recipe.get("kwargs", {}).items() if k not in ("pretrained_cfg", "num_classes")}
+    config = {
+        "architecture": cfg.get("architecture") or recipe.get("name"),
+        "num_classes": cfg.get("num_classes"),
+        "model_args": arguments,
+        "pretrained_cfg": cfg,
+    }
+    text = json.dumps(config, indent=2)
+    write_folder(folder, tensors, text, hashlib.sha256(text.encode("utf-8")).hexdigest()[:16])
+    return folder

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from masksurgery.checkpoint import load, load_base, save
-from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
+from masksurgery.checkpoint import load, load_base, save, save_base
+from masksurgery.data import Data, DataConfig, Source, steps_per_epoch
 from masksurgery.events import Observer
-from masksurgery.images import image_input, preprocessing_of
-from masksurgery.losses import Objective, choose_loss, first_prediction
+from masksurgery.losses import Objective, choose_loss
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
-from masksurgery.rebuild import plain_cfg
-from masksurgery.recalibrate import recalibrate
 from masksurgery.runs import RunFolder
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FREE, FinetuneConfig
-from masksurgery.transforms import Augmentation, Transform
+from masksurgery.training_data import Loaders, count_outputs, open_for_run
+from masksurgery.transforms import Augmentation
 from masksurgery.types import ConfigError
-from masksurgery.weights import collect_tensors, write_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-RECALIBRATION_IMAGES = 2048
-"""Mean and variance over so many images differ from those over all by a few per cent of a standard deviation."""
 
 INSTALL = 'Fine-tuning runs on Hugging Face Accelerate, which is not installed: pip install "masksurgery[train]".'
 
@@ -87,8 +80,8 @@ def finetune(
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
         check_optimizer(config.opt)
         objective = _choose_objective(converted, config)
-        parts = _open_data(data, converted, config, accelerator)
-        loaders = _Loaders.of(converted, parts, config, augmentation, accelerator)
+        parts = open_for_run(data, converted, config, accelerator)
+        loaders = Loaders.of(converted, parts, config, augmentation, accelerator)
         trained = converted.surgery.output_layers if config.freeze else None
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
@@ -106,8 +99,8 @@ def finetune(
             objective,
             accelerator,
             folder,
-            save=partial(_save_base, source=converted) if base_only else partial(save, force=True),
-            mixup=create_mixup(config, _outputs(converted)),
+            save=partial(save_base, recipe=converted.recipe) if base_only else partial(save, force=True),
+            mixup=create_mixup(config, count_outputs(converted)),
             trained=trained,
             prepare=loaders.recalibrate if config.recalibrate and not base_only and not config.freeze else None,
             observer=observer,
@@ -165,44 +158,6 @@ def _choose_objective(model: ConvertedModel, config: FinetuneConfig) -> Objectiv
     return Objective(settings.task, loss, settings.class_dim, config.label_smoothing)
 
 
-def _outputs(model: ConvertedModel) -> int:
-    """The number of classes, or of numbers, that the model returns for a sample."""
-    shape, dtype = image_input(model)
-    before, model.output = model.output, "prediction"
-    try:
-        with torch.no_grad():
-            found = first_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
-    finally:
-        model.output = before
-    assert found is not None  # an output without a batch dimension is refused by convert
-    dim = model.settings.class_dim if model.settings.task != "regression" else 1
-    return found.mean.shape[dim] if found.mean.dim() > 1 else 1
-
-
-def _open_data(config: DataConfig, model: ConvertedModel, settings: FinetuneConfig, accelerator: Accelerator) -> Data:
-    """The data, checked by the main process for all of them."""
-    from accelerate.utils import broadcast_object_list
-
-    outputs = _outputs(model)
-    shape, _ = image_input(model)
-    task = model.settings.task
-    read = partial(open_data, config, task=task, channels=shape[1], num_classes=outputs, workers=settings.workers)
-    parts = read() if accelerator.is_main_process else None
-    found = [parts.bad if parts else ()]
-    broadcast_object_list(found)
-    parts = parts or read(bad=found[0])
-    given = len(parts.classes) if parts.classes else outputs
-    if isinstance(parts.train, Source) and task in ("regression", "multilabel"):
-        given = torch.as_tensor(parts.train.read(0)[1]).numel()
-    if given != outputs:
-        what = "classes" if task in ("classification", "probabilities") else "targets for each image"
-        raise ConfigError(
-            f"The model has {outputs} outputs, the data {given} {what}. Convert the base model again with "
-            f"--num-classes {given}."
-        )
-    return parts
-
-
 def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
     """Name the classes in what `predict` reads."""
     if classes is None:
@@ -245,81 +200,3 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _save_base(model: nn.Module, folder: Path, source: ConvertedModel) -> None:
-    """A base model as timm writes its models for the hub: `timm.create_model("local-dir:...")` reads it."""
-    tensors, aliases = collect_tensors(model, folder)
-    tensors |= {name: tensors[first].clone() for name, first in aliases.items()}  # under all names, as timm reads them
-    cfg = plain_cfg(getattr(model, "pretrained_cfg", None)) or {}
-    recipe = source.recipe or {}
-    config = {
-        "architecture": cfg.get("architecture") or recipe.get("name"),
-        "num_classes": cfg.get("num_classes"),
-        "model_args": {
-            name: x for name, x in recipe.get("kwargs", {}).items() if name not in ("pretrained_cfg", "num_classes")
-        },
-        "pretrained_cfg": cfg,
-    }
-    text = json.dumps(config, indent=2)
-    write_folder(folder, tensors, text, hashlib.sha256(text.encode()).hexdigest()[:16])
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Loaders:
-    """The batches of one process."""
-
-    parts: Data
-    training: Transform
-    evaluation: Transform
-    config: FinetuneConfig
-    rank: int
-    world: int
-
-    @classmethod
-    def of(
-        cls,
-        model: ConvertedModel,
-        parts: Data,
-        config: FinetuneConfig,
-        augmentation: Augmentation,
-        accelerator: Accelerator,
-    ) -> _Loaders:
-        prepared = preprocessing_of(model)
-        share = accelerator.num_processes * config.accumulate
-        even = share * (2 if config.mixup or config.cutmix else 1)
-        if config.batch_size % even:
-            pairs = ", in pairs for mixup" if even > share else ""
-            raise ConfigError(
-                f"batch_size={config.batch_size} cannot be divided into {accelerator.num_processes} processes times "
-                f"accumulate={config.accumulate} parts{pairs}. Pass a multiple of {even}."
-            )
-        training = prepared.training(augmentation, masks=parts.masks)
-        evaluation = prepared.evaluation(masks=parts.masks)
-        return cls(parts, training, evaluation, config, accelerator.process_index, accelerator.num_processes)
-
-    def train(self, start: int, stop: int) -> Iterable[tuple[Tensor, Tensor]]:
-        c = self.config
-        return train_batches(
-            self.parts.train, self.training, batch_size=c.batch_size, steps=(start, stop), seed=c.seed,
-            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-
-    def val(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return eval_batches(
-            self.parts.val, self.evaluation, batch_size=self.config.batch_size,
-            rank=self.rank, world=self.world, workers=self.config.workers, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-
-    def recalibrate(self, model: nn.Module) -> None:
-        """Re-estimate statistics over training images as they are in evaluation, on one process."""
-        assert isinstance(model, ConvertedModel)
-        c, images = self.config, self.parts.train
-        steps = min(-(-RECALIBRATION_IMAGES // c.batch_size), steps_per_epoch(images, c.batch_size))
-        batches = train_batches(
-            images, self.evaluation, batch_size=c.batch_size, steps=(0, steps), seed=c.seed, workers=c.workers
-        )
-        recalibrate(model, batches)

@@ -1,0 +1,141 @@
+"""The data of a training run: opened and checked once for all processes, and the batches of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
+from masksurgery.images import Broken, image_input, preprocessing_of
+from masksurgery.losses import first_prediction
+from masksurgery.model import ConvertedModel
+from masksurgery.recalibrate import recalibrate
+from masksurgery.training_config import FinetuneConfig
+from masksurgery.transforms import Augmentation, Transform
+from masksurgery.types import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20
+"""Broken images that are named one by one."""
+
+RECALIBRATION_IMAGES = 2048
+"""Mean and variance over so many images differ from those over all by a few per cent of a standard deviation."""
+
+
+def open_for_run(config: DataConfig, model: ConvertedModel, settings: FinetuneConfig, accelerator: Accelerator) -> Data:
+    """The data, checked by the main process for all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    outputs = count_outputs(model)
+    shape, _ = image_input(model)
+    task = model.settings.task
+    read = partial(open_data, config, task=task, channels=shape[1], num_classes=outputs, workers=settings.workers)
+    parts = read() if accelerator.is_main_process else None
+    found = [parts.bad if parts else ()]
+    broadcast_object_list(found)
+    parts = parts or read(bad=found[0])
+    if accelerator.is_main_process:
+        tell_broken(parts.bad)
+    given = len(parts.classes) if parts.classes else outputs
+    if isinstance(parts.train, Source) and task in ("regression", "multilabel"):
+        given = torch.as_tensor(parts.train.read(0)[1]).numel()
+    if given != outputs:
+        what = "classes" if task in ("classification", "probabilities") else "targets for each image"
+        raise ConfigError(
+            f"The model has {outputs} outputs, the data {given} {what}. Convert the base model again with "
+            f"--num-classes {given}."
+        )
+    return parts
+
+
+def count_outputs(model: ConvertedModel) -> int:
+    """The number of classes, or of numbers, that the model returns for a sample."""
+    shape, dtype = image_input(model)
+    before, model.output = model.output, "prediction"
+    try:
+        with torch.no_grad():
+            found = first_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
+    finally:
+        model.output = before
+    assert found is not None  # an output without a batch dimension is refused by convert
+    dim = model.settings.class_dim if model.settings.task != "regression" else 1
+    return found.mean.shape[dim] if found.mean.dim() > 1 else 1
+
+
+def tell_broken(images: Sequence[Broken]) -> None:
+    for image in images[:LISTED]:
+        logger.warning("left out: %s", image.reason)
+    if len(images) > LISTED:
+        logger.warning("left out: %d more broken images", len(images) - LISTED)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of one process."""
+
+    parts: Data
+    training: Transform
+    evaluation: Transform
+    config: FinetuneConfig
+    rank: int
+    world: int
+
+    @classmethod
+    def of(
+        cls,
+        model: ConvertedModel,
+        parts: Data,
+        config: FinetuneConfig,
+        augmentation: Augmentation,
+        accelerator: Accelerator,
+    ) -> Loaders:
+        prepared = preprocessing_of(model)
+        share = accelerator.num_processes * config.accumulate
+        even = share * (2 if config.mixup or config.cutmix else 1)
+        if config.batch_size % even:
+            pairs = ", in pairs for mixup" if even > share else ""
+            raise ConfigError(
+                f"batch_size={config.batch_size} cannot be divided into {accelerator.num_processes} processes times "
+                f"accumulate={config.accumulate} parts{pairs}. Pass a multiple of {even}."
+            )
+        training = prepared.training(augmentation, masks=parts.masks)
+        evaluation = prepared.evaluation(masks=parts.masks)
+        return cls(parts, training, evaluation, config, accelerator.process_index, accelerator.num_processes)
+
+    def train(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        c = self.config
+        batches = train_batches(
+            self.parts.train, self.training, batch_size=c.batch_size, steps=(start, stop), seed=c.seed,
+            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        told = 0
+        for batch in batches:
+            tell_broken(batches.bad[told:])  # of a stream, which nobody has read before
+            told = len(batches.bad)
+            yield batch
+
+    def val(self) -> Iterable[tuple[Tensor, Tensor]]:
+        return eval_batches(
+            self.parts.val, self.evaluation, batch_size=self.config.batch_size,
+            rank=self.rank, world=self.world, workers=self.config.workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Re-estimate statistics over training images as they are in evaluation, on one process."""
+        assert isinstance(model, ConvertedModel)
+        c, images = self.config, self.parts.train
+        steps = min(-(-RECALIBRATION_IMAGES // c.batch_size), steps_per_epoch(images, c.batch_size))
+        batches = train_batches(
+            images, self.evaluation, batch_size=c.batch_size, steps=(0, steps), seed=c.seed, workers=c.workers
+        )
+        recalibrate(model, batches)
