@@ -147,12 +147,23 @@ def test_inspect_lists_every_layer_in_80_columns(run: Callable[..., Result], nam
 
 
 def test_inspect_changes_the_model_as_it_is_told(run: Callable[..., Result]) -> None:
-    options = ("--num-classes", 7, "--in-chans", 1, "--model-kwargs", '{"global_pool": "max"}', "--task", "multilabel")
+    options = (
+        "--num-classes",
+        7,
+        "--in-chans",
+        1,
+        "--img-size",
+        96,
+        "--model-kwargs",
+        '{"global_pool": "max"}',
+        "--task",
+        "multilabel",
+    )
     found = json.loads(run("inspect", "test_resnet", "--json", "--where", "head", *options).out)
     assert [site["layer"] for site in found["sites"]] == ["fc"]
     assert (found["where"], found["task"]) == ("head", "multilabel")
     plain = json.loads(run("inspect", "test_resnet", "--json", "--where", "head").out)
-    assert found["macs"]["base"] < plain["macs"]["base"]
+    assert found["macs"]["base"] < plain["macs"]["base"] * (96 / 160) ** 2
 
 
 def test_reasons_that_differ_in_a_number_are_one() -> None:
@@ -287,6 +298,30 @@ def test_other_exceptions_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "m").exists()
 
 
+def test_a_checkpoint_for_other_classes_and_pixels(run: Callable[..., Result], tmp_path: Path, photos: Path) -> None:
+    base, folder = timm.create_model("test_resnet").eval(), tmp_path / "m"
+    torch.save(base.state_dict(), tmp_path / "weights.pth")
+    options = ("--checkpoint", tmp_path / "weights.pth", "--num-classes", 3, "--img-size", 64, "--where", "head")
+    status, _, err = run("convert", "test_resnet", "-o", folder, *options)
+    assert (status, err) == (0, "masksurgery: warning: fc: new, 3 classes (the checkpoint has 1000)\n")
+    assert run("predict", folder, photos / "b.png", "--json", photos / "out.json").status == 0
+    model = masksurgery.load(folder)
+    state = model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in base.state_dict().items() if not name.startswith("fc."))
+    # By hand: the shorter side of 40 x 50 pixels to 64 / crop_pct, and of that the middle.
+    cfg = model.pretrained_cfg
+    side = math.floor(64 / cfg["crop_pct"])
+    image = Image.open(photos / "b.png").resize((int(side * 50 / 40), side), Image.Resampling.BILINEAR)
+    left, top = round((image.width - 64) / 2), round((image.height - 64) / 2)
+    pixels = np.asarray(image.crop((left, top, left + 64, top + 64)), dtype=np.float32) / 255
+    x = torch.from_numpy((pixels - np.float32(cfg["mean"])) / np.float32(cfg["std"])).permute(2, 0, 1)[None]
+    (row,) = json.loads((photos / "out.json").read_text())
+    with torch.no_grad():
+        means = model(x).mean[0].sort(descending=True).values
+    assert [entry["mean"] for entry in row["entries"]] == pytest.approx(means.tolist(), rel=1e-4)
+    assert len(row["entries"]) == 3
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +345,9 @@ def test_other_exceptions_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.
         ("test_resnet --model-kwargs [1]", r"--model-kwargs=\[1\] is not a JSON object"),
         ('test_resnet --model-kwargs {"depth":3}', "depth"),
         ("test_resnet --num-classes 0", "Invalid value for '--num-classes'"),
+        ("test_resnet --img-size 0", "Invalid value for '--img-size'"),
+        ("test_vit --img-size 65", "'test_vit' does not take images of 65 x 65 pixels.*Pass 64 or 80"),
+        ("FACTORIES:vectors --img-size 8", r"img_size=8 \(--img-size\) is for models of timm and torchvision"),
         ("test_resnet --checkpoint nowhere.pth", "Invalid value for '--checkpoint'.*nowhere.pth"),
         ("resnet5", "There is no timm model 'resnet5'. Did you mean resnet50"),
         ("no_such_module_at_all:f", "no_such_module_at_all"),
