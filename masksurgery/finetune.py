@@ -78,11 +78,14 @@ def finetune(
         raise ConfigError("base_only=True needs the folder of the converted model, which its base model is read from.")
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
-        check_optimizer(config.opt)
+        check_optimizer(config)
         objective = _choose_objective(converted, config)
         parts = open_for_run(data, converted, config, accelerator)
         loaders = Loaders.of(converted, parts, config, augmentation, accelerator)
+        steps = steps_per_epoch(parts.train, config.batch_size)
         trained = converted.surgery.output_layers if config.freeze else None
+        if trained == ():
+            raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
         settings = _settings(module, data, parts, config, augmentation, base_only, accelerator.num_processes)
@@ -94,7 +97,7 @@ def finetune(
         Trainer(
             module,
             loaders,
-            steps_per_epoch(parts.train, config.batch_size),
+            steps,
             config,
             objective,
             accelerator,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from masksurgery.sources import one_line
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.types import ConfigError
 
@@ -38,16 +41,18 @@ def create_optimizer(model: nn.Module, config: FinetuneConfig, steps_per_epoch: 
     return optimizer, scheduler
 
 
-def check_optimizer(name: str) -> None:
-    """Raise a ConfigError unless timm has an optimiser of this name."""
-    import difflib
-
+def check_optimizer(config: FinetuneConfig) -> None:
+    """Raise a ConfigError unless timm has the optimiser, and makes it with these settings."""
     from timm.optim import list_optimizers
 
-    known = [str(known) for known in list_optimizers()]
-    if name.lower() not in known:
-        close = difflib.get_close_matches(name.lower(), known) or known[:8]
-        raise ConfigError(f"opt={name!r} is no optimiser of timm. Close: {', '.join(close)}.")
+    known = [str(name) for name in list_optimizers()]
+    if config.opt.lower() not in known:
+        close = difflib.get_close_matches(config.opt.lower(), known) or known[:8]
+        raise ConfigError(f"opt={config.opt!r} is no optimiser of timm. Close: {', '.join(close)}.")
+    try:
+        create_optimizer(nn.Linear(1, 1), replace(config, layer_decay=None), 1)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"opt={config.opt!r} and sched={config.sched!r} cannot be made: {one_line(error)}") from error
 
 
 def create_ema(model: nn.Module, config: FinetuneConfig) -> Any:
