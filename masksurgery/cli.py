@@ -168,7 +168,8 @@ def convert(
         macs = conversion_macs(base, converted)
         save(converted, output, force=force)
     out().print(summary(model, readable(output), converted.surgery, macs, proof))
-    out().print(_next_step(converted, output), soft_wrap=True)  # a command stays in one line
+    is_trained = num_classes is None and (pretrained or checkpoint is not None)
+    out().print(_next_step(converted, output, is_trained), soft_wrap=True)  # a command stays in one line
 
 
 def _verify(base: nn.Module, converted: ConvertedModel) -> str:
@@ -199,20 +200,20 @@ def _verify(base: nn.Module, converted: ConvertedModel) -> str:
     return f"relative error {found.relative:.1e} in float64; masks checked {routes}"
 
 
-def _next_step(model: ConvertedModel, directory: Path) -> str:
+def _next_step(model: ConvertedModel, directory: Path, is_trained: bool) -> str:
+    """What to do with the folder; without masks inside the network a model that is trained can be used as it is."""
     from masksurgery.images import image_input, readable
 
     name = readable(directory)
-    if model.settings.where == "all":
-        return (
-            "Masks inside the network change what it computes:\nfine-tune it before you use its predictions.\n"
-            f"Next, in your training loop: model = masksurgery.load({name!r})"
-        )
+    masked = model.settings.where == "all"
+    why = "Masks inside the network change what it computes:\nfine-tune it before you use its predictions.\n"
     try:
         image_input(model)
     except ConfigError:
-        return f"Next, in Python: model = masksurgery.load({name!r})"
+        return f"{why if masked else ''}Next, in Python: model = masksurgery.load({name!r})"
     trust = "--trust " if (model.recipe or {}).get("source") == "factory" else ""
+    if masked or not is_trained:
+        return f"{why if masked else ''}Next: masksurgery finetune {trust}{shlex.quote(name)} --data FOLDER -o tuned"
     return f"Next: masksurgery predict {trust}{shlex.quote(name)} photo.jpg"
 
 

@@ -199,7 +199,7 @@ def test_convert_head_ends_with_predict(run: Callable[..., Result], tmp_path: Pa
     assert "times the base model's" in text
     assert 'not an output layer (where="head" masks only what those read)' in text
     assert "verified relative error" in text and "in float64; masks checked 1 by pre-hook" in text
-    assert result.out.splitlines()[-1] == f"Next: masksurgery predict '{folder}' photo.jpg"
+    assert result.out.splitlines()[-1] == f"Next: masksurgery finetune '{folder}' --data FOLDER -o tuned"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -228,7 +228,7 @@ def test_convert_everywhere_asks_for_fine_tuning_once(run: Callable[..., Result]
     result = run("convert", *SMALL, "-o", tmp_path / "m")
     assert (result.status, result.err) == (0, "")
     assert result.out.count("fine-tune") == 1 and "predict DIR" not in result.out
-    assert result.out.splitlines()[-1] == f"Next, in your training loop: model = masksurgery.load('{tmp_path / 'm'}')"
+    assert result.out.splitlines()[-1] == f"Next: masksurgery finetune {tmp_path / 'm'} --data FOLDER -o tuned"
     assert logging.getLogger("masksurgery").handlers == []
 
 
@@ -238,6 +238,10 @@ def test_convert_reads_weights(run: Callable[..., Result], tmp_path: Path) -> No
     result = run("convert", "test_resnet", "-o", tmp_path / "m", "--checkpoint", tmp_path / "weights.pth")
     assert result.status == 0
     state = masksurgery.load(tmp_path / "m").state_dict()
+    head = run(
+        "convert", "test_resnet", "-o", tmp_path / "h", "--checkpoint", tmp_path / "weights.pth", "--where", "head"
+    )
+    assert head.out.splitlines()[-1] == f"Next: masksurgery predict {tmp_path / 'h'} photo.jpg"
     assert all(torch.equal(state[name], x) for name, x in base.state_dict().items())
 
 
