@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 import masksurgery
 from masksurgery import Prediction
@@ -47,9 +48,12 @@ class Shallow(fx.Tracer):
 
 
 @pytest.fixture
-def accelerator() -> Any:
+def accelerator() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
-    return accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    reset = accelerate.state.AcceleratorState._reset_state  # else the first precision of a process is that of all
+    reset(reset_partial_state=True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    reset(reset_partial_state=True)
 
 
 def test_a_kept_forward_follows_the_mode() -> None:
@@ -167,3 +171,55 @@ def test_ddp() -> None:
         torch.testing.assert_close(p.grad, expected[name])
     assert any(grad.abs().sum() > 0 for grad in expected.values())
     assert_follows_the_mode(wrapped, x)
+
+
+def test_tasks_of_timm() -> None:
+    """timm's engine of newer versions: a task wraps the model, and an evaluator takes its logits."""
+    task = pytest.importorskip("timm.task", reason="this timm has no tasks")
+    model = masksurgery.convert(NETS["conv_bn_relu"].build(), example_inputs=NETS["conv_bn_relu"].inputs(2))
+    x = NETS["conv_bn_relu"].inputs(4)[0]
+    wrapped = task.ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    wrapped.setup_ema(decay=0.5)
+    y = torch.zeros(4, dtype=torch.long)
+    found = wrapped.train()(x, y)
+    found["loss"].backward()
+    assert found["output"].shape == (4, model.eval()(x).mean.shape[1])
+    wrapped.update_ema()
+    assert isinstance(wrapped.get_eval_model(ema=True).eval()(x), Prediction)
+    model.output = "logits"
+    evaluator = wrapped.create_evaluator()
+    evaluator.update(wrapped.get_eval_model().eval()(x), y)
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    assert evaluator.summary()["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_lightning_in_mixed_precision(tmp_path: Path) -> None:
+    """The two losses of the training graph, and a checkpoint that loads into another conversion."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.seen = convert().train(), []  # fit leaves the mode as it is
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return sum(y.float().square().mean() for y in self.model(x))
+
+        def validation_step(self, x: Tensor) -> None:
+            self.seen.append(self.model(x))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module, data = Module(), DataLoader(torch.cat([images(), images()]), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision="bf16-mixed", default_root_dir=tmp_path, logger=False
+    )
+    trainer.fit(module, data, data)
+    assert len(module.seen) >= 4 and all(isinstance(p, Prediction) for p in module.seen)
+    assert {p.mean.dtype for p in module.seen} == {torch.float32}
+    (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    twin = Module()
+    twin.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    x = images()
+    assert torch.equal(twin.model.eval()(x).mean, module.model.eval()(x).mean)
