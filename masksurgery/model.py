@@ -61,9 +61,14 @@ class ConvertedModel(TwoGraphs):
         self._names, self._base_type = dict(names), type(base)
         self._set_graphs(traces.eval, traces.train)
 
-    def _set_graphs(self, eval_graph: fx.Graph, train_graph: fx.Graph) -> None:
-        super()._set_graphs(eval_graph, train_graph)
-        self._takes = tuple(node.target for node in eval_graph.nodes if node.op == "placeholder")
+        self._takes = tuple(node.target for node in traces.eval.nodes if node.op == "placeholder")
+        self._answer()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._answer()
+
+    def _answer(self) -> None:
         for name in ANSWERS:  # GraphModule gives every instance a class of its own
             if hasattr(self._base_type, name):
                 setattr(type(self), name, getattr(self._base_type, name))
