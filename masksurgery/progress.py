@@ -44,6 +44,7 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
     def __enter__(self) -> TrainingProgress:
         if self.bar is not None:
             self.bar.start()
+            self.task = self.bar.add_task("reading model and data", total=None, figures="")
         return self
 
     def __exit__(
@@ -69,7 +70,7 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         if event.step:
             out().print(f"Going on after step {event.step} of {event.steps}.")
         if self.bar is not None:
-            self.task = self.bar.add_task(self._where(event.step), total=event.steps, completed=event.step, figures="")
+            self.bar.reset(self.task, total=event.steps, completed=event.step, description=self._where(event.step))
 
     def _where(self, step: int) -> str:
         epoch = min(step // self.steps_per_epoch + 1, self.epochs)

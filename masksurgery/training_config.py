@@ -20,32 +20,32 @@ class FinetuneConfig:
     """The settings of a run, checked. Neither processes nor `accumulate` change what a step computes.
 
     Attributes:
-        epochs: Times that every training image is seen.
+        epochs: How often every training image is seen.
         batch_size: Images of a step, over all processes.
         accumulate: Parts that a process computes its share of a step in, one after another, to save memory.
         opt: One of timm's optimisers.
         lr: Largest learning rate.
         weight_decay: Not for biases and norms, nor for what the model's `no_weight_decay()` names.
         momentum: Of optimisers that have one.
-        layer_decay: Factor from each layer to the one before it (timm's layer-wise learning-rate decay).
+        layer_decay: Factor of the learning rate from each layer to the one before it, such as 0.75.
         sched: One of timm's schedules; "none" keeps `lr`.
         warmup_epochs: Epochs, or a part of one, in which the rate rises.
         min_lr: Where the schedule ends.
         decay_epochs: Epochs between two decays, for "step".
         decay_rate: Factor of a decay for "step", power for "poly".
-        clip_grad: Largest norm of the gradients; 0 does not limit them.
-        ema_decay: Of an exponential moving average of the weights, which is then what is evaluated and saved.
+        clip_grad: Largest norm of the gradients; 0 for no limit.
+        ema_decay: Decay of a moving average of the weights, such as 0.999, which is then evaluated and saved.
         mixup: Alpha of timm's mixup; 0 for none.
         cutmix: Alpha of timm's CutMix; 0 for none.
         label_smoothing: Share of the target that goes to all classes alike.
-        loss: None for that of the task.
+        loss: By default that of the task.
         freeze: Train the output layers only; the others keep their statistics too.
         recalibrate: Re-estimate the statistics of BatchNorm under the masks before the first step.
-        mixed_precision: None for what Accelerate is configured with.
+        mixed_precision: By default what Accelerate is configured with.
         checkpoint_every: Steps between two saved states; the end of an epoch saves one in any case.
         log_every: Steps between two rows of the metrics.
         log_with: Accelerate's trackers: "tensorboard", "wandb", "trackio" ...
-        workers: Processes that read images, for each process that trains; None chooses.
+        workers: Processes that read images, for each one that trains; by default up to 4.
         find_unused_parameters: For models with parameters that a forward may leave out, on several processes.
         seed: For everything that is drawn.
     Raises:

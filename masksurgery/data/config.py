@@ -25,14 +25,14 @@ class DataConfig:
             shards also a pattern with the number of images behind it: "train-{000..127}.tar|100000".
         val_split: The part to validate on. By default the one that is called validation, val, valid, eval or
             evaluation, and where there is none a share of the training part.
-        val_fraction: That share.
+        val_fraction: Share of the training part that is held out where there is no validation part.
         masks: For segmentation: a folder of masks, named as the images are.
         download: Allow a download of the named data set.
         max_train: Train on so many images only, drawn by the seed.
         max_val: Validate on so many images only, drawn by the seed.
         max_bad: How many broken images are left out before they are an error.
-        check: Read every image once beforehand.
-        seed: Of all that is drawn here.
+        check: Read every image once before training.
+        seed: For everything that is drawn.
     """
 
     data: str
