@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,9 @@ from masksurgery.types import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the main one, which reads every image once; by default 10 minutes with NCCL."""
 
 INSTALL = 'Fine-tuning runs on Hugging Face Accelerate, which is not installed: pip install "masksurgery[train]".'
 
@@ -105,7 +109,7 @@ def finetune(
             save=partial(save_base, recipe=converted.recipe) if base_only else partial(save, force=True),
             mixup=create_mixup(config, count_outputs(converted)),
             trained=trained,
-            prepare=loaders.recalibrate if config.recalibrate and not base_only and not config.freeze else None,
+            prepare=loaders.recalibrate if config.recalibrate and not base_only else None,
             observer=observer,
         ).run()
     return folder.path
@@ -119,7 +123,7 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
     """Accelerate for one run; what it keeps for the process is given back, if nobody had asked for it before."""
     if find_spec("accelerate") is None:
         raise ConfigError(INSTALL)
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import LoggerType
 
@@ -136,7 +140,10 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
             gradient_accumulation_steps=config.accumulate,
             log_with=list(config.log_with) or None,
             project_dir=project,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:  # such as fp16 on a device without it
         raise ConfigError(f"Accelerate cannot be set up: {error}") from error

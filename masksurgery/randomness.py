@@ -24,12 +24,12 @@ def forked_random_state(device: torch.device | None = None) -> Iterator[None]:
     Python, numpy and torch, and take no other.
 
     Args:
-        device: An accelerator whose generator is forked too.
+        device: The current accelerator, whose generator is forked too.
     """
     python, cpu = random.getstate(), torch.get_rng_state()
     numpys = np.random.get_state()  # noqa: NPY002
     devices = torch.get_device_module(device) if device is not None and device.type != "cpu" else None
-    state = devices.get_rng_state(device) if devices is not None else None
+    state = devices.get_rng_state() if devices is not None else None
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def forked_random_state(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(numpys)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if devices is not None:
-            devices.set_rng_state(state, device)
+            devices.set_rng_state(state)
 
 
 def seed_global(purpose: str, *key: int, device: torch.device | None = None) -> None:

@@ -128,7 +128,7 @@ class Trainer:
     # --- beginning ---------------------------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
-        state = self.folder.read_state()
+        state = self._read_state()
         if state is None and self.prepare is not None:
             if self.accelerator.is_main_process:  # the others get its buffers when the model is wrapped
                 self.module.to(self.accelerator.device)
@@ -147,6 +147,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.keep_metrics(self.progress.step)
         self._train_mode()
+
+    def _read_state(self) -> dict[str, Any] | None:
+        state = self.folder.read_state()
+        step = torch.tensor([-1 if state is None else state["step"]], device=self.accelerator.device)
+        steps = set(self.accelerator.gather(step).tolist())
+        if len(steps) > 1:
+            raise TrainingError(
+                f"{self.folder.path}: the processes find different states in it. All machines need to share the folder."
+            )
+        return state
 
     def _freeze(self) -> None:
         if self.trained is None:

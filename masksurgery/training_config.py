@@ -39,7 +39,7 @@ class FinetuneConfig:
         cutmix: Alpha of timm's CutMix; 0 for none.
         label_smoothing: Share of the target that goes to all classes alike.
         loss: By default that of the task.
-        freeze: Train the output layers only; the others keep their statistics too.
+        freeze: Train the output layers only; the others stay as they are in evaluation.
         recalibrate: Re-estimate the statistics of BatchNorm under the masks before the first step.
         mixed_precision: By default what Accelerate is configured with.
         checkpoint_every: Steps between two saved states; the end of an epoch saves one in any case.

@@ -49,9 +49,10 @@ def validate(
             with accelerator.autocast():
                 outputs = model(x.to(accelerator.device, non_blocking=True))
             found = objective.score(outputs, y.to(accelerator.device, non_blocking=True))
-            sums += torch.stack([torch.stack(found[name]).double().cpu() for name in names])
-    total = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-    return {name: value / max(count, 1) for name, (value, count) in zip(names, total, strict=True)}
+            sums += torch.stack([torch.stack(found[name]).cpu().double() for name in names])
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+    return {name: value / max(count, 1) for name, (value, count) in zip(names, sums.tolist(), strict=True)}
 
 
 def _share_buffers(model: nn.Module, accelerator: Accelerator) -> None:

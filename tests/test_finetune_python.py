@@ -118,9 +118,15 @@ def score(base: nn.Module, images: Path) -> float:
 
 
 def test_freeze_trains_the_output_layer_only(images: Path, converted: Path, tmp_path: Path) -> None:
-    folder = finetune(converted, images, tmp_path / "run", freeze=True)
-    before, after = load_file(converted / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"fc.weight", "fc.bias"}
+    for recalibrate in (True, False):
+        folder = finetune(converted, images, tmp_path / str(recalibrate), freeze=True, recalibrate=recalibrate)
+        before, after = load_file(converted / "model.safetensors"), load_file(folder / "model.safetensors")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {name for name in changed if "running" not in name and "num_batches" not in name} == {
+            "fc.weight",
+            "fc.bias",
+        }
+        assert (len(changed) > 2) == recalibrate  # masks change what a BatchNorm sees, once
 
 
 def test_trackers_get_the_figures(images: Path, converted: Path, tmp_path: Path) -> None:
