@@ -202,8 +202,9 @@ def find_output_layers(region: Region) -> tuple[str, ...]:
     Args:
         region: Of the model itself, with the regions in it.
     """
-    root = region.traces.module
-    names = {node: name for _, node, name in region.calls() if is_layer(root.get_submodule(name))}
+    modules = region.traces.module.named_modules(remove_duplicate=False)
+    layers = {name for name, module in modules if is_layer(module)}
+    names = {node: name for _, node, name in region.calls() if name in layers}
     found = (names[node] for flow, node in Flow(region).walk({}) if node in names and _is_output_layer(flow, node))
     return tuple(dict.fromkeys(found))
 
