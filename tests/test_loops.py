@@ -54,6 +54,7 @@ def test_every_loop_is_tested_and_fits_a_page() -> None:
         assert sum("masksurgery.convert(" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     _, result = run("plain_pytorch")
     assert_improved(result["base"], result["ensemble"])
@@ -64,6 +65,7 @@ def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"accuracy {result['ensemble']['accuracy']:.3f}, NLL {result['ensemble']['nll']:.3f}" in lines[1]
 
 
+@pytest.mark.slow
 def test_timm_functions(capsys: pytest.CaptureFixture[str]) -> None:
     _, result = run("timm_functions")
     assert_improved(result["base"], result["ensemble"], percent=100)
