@@ -61,9 +61,7 @@ def finetune(
     from masksurgery.events import Interrupted
     from masksurgery.images import readable
     from masksurgery.progress import TrainingProgress
-    from masksurgery.runs import STATE
     from masksurgery.tables import out, print_line
-    from masksurgery.types import CheckpointError, DataError
 
     main = os.environ.get("RANK", "0") == "0"  # as the launchers of torch and Accelerate set it
     try:
@@ -82,14 +80,8 @@ def finetune(
             )
     except Interrupted as interrupted:
         if main:
-            print_line("stopped", f"{interrupted} Go on with: {_again()}")
+            print_line("stopped", f"{interrupted} {_again()}")
         raise typer.Exit(130) from None
-    except (CheckpointError, DataError) as error:
-        if not (output / STATE).exists():
-            raise
-        raise type(error)(
-            f"{error} The state of the run is kept; when that is mended, go on with: {_again()}"
-        ) from error
     if main:
         name = readable(output)
         out().print(f"The best model is in {name}, the last one in {name}/last.", soft_wrap=True)
@@ -98,8 +90,8 @@ def finetune(
 
 
 def _again() -> str:
-    """The command that goes on with this run."""
+    """How to go on with this run."""
+    if "WORLD_SIZE" in os.environ:  # only the user knows all of the launcher's arguments
+        return "Go on with the same command and --resume."
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--force")]
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = "masksurgery" if processes == "1" else f"accelerate launch --num_processes {processes} -m masksurgery"
-    return f"{launcher} {shlex.join([*arguments, '--resume'])}"
+    return f"Go on with: masksurgery {shlex.join([*arguments, '--resume'])}"

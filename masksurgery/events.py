@@ -11,11 +11,12 @@ from masksurgery.types import TrainingError
 
 @dataclass(frozen=True)
 class Begun:
-    """The run begins, or goes on, after `step` of `steps` steps."""
+    """The run begins, or goes on, after `step` of `steps` steps, on so many processes."""
 
     step: int
     steps: int
     steps_per_epoch: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)

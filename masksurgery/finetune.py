@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,17 +16,18 @@ import torch
 from torch import nn
 
 from masksurgery.checkpoint import load, load_base, save, save_base
-from masksurgery.data import Data, DataConfig, Source, steps_per_epoch
+from masksurgery.data import DEAD_WORKER, DataConfig, DataError, steps_per_epoch, worker_died
 from masksurgery.events import Observer
+from masksurgery.identity import describe_run
 from masksurgery.losses import Objective, choose_loss
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
-from masksurgery.runs import RunFolder
+from masksurgery.runs import TRACKERS, RunFolder
 from masksurgery.trainer import Trainer
-from masksurgery.training_config import FREE, FinetuneConfig
+from masksurgery.training_config import FinetuneConfig
 from masksurgery.training_data import Loaders, count_outputs, open_for_run
 from masksurgery.transforms import Augmentation
-from masksurgery.types import ConfigError
+from masksurgery.types import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +80,7 @@ def finetune(
     config, augmentation, folder = config or FinetuneConfig(), augmentation or Augmentation(), RunFolder(Path(output))
     if base_only and not isinstance(model, (str, Path)):
         raise ConfigError("base_only=True needs the folder of the converted model, which its base model is read from.")
+    _check_place(folder.path, model, data)
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
         check_optimizer(config)
@@ -92,13 +93,14 @@ def finetune(
             raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
-        settings = _settings(module, data, parts, config, augmentation, base_only, accelerator.num_processes)
+        settings = describe_run(module, data, parts, config, augmentation, base_only, accelerator)
         if accelerator.is_main_process:
             folder.begin(settings, resume, force)
         accelerator.wait_for_everyone()
+        state = _read_state(folder, accelerator)
         if config.log_with:
-            accelerator.init_trackers("masksurgery", {name: str(value) for name, value in asdict(config).items()})
-        Trainer(
+            accelerator.init_trackers(TRACKERS, _plain(asdict(config)))
+        trainer = Trainer(
             module,
             loaders,
             steps,
@@ -107,12 +109,36 @@ def finetune(
             accelerator,
             folder,
             save=partial(save_base, recipe=converted.recipe) if base_only else partial(save, force=True),
+            state=state,
             mixup=create_mixup(config, count_outputs(converted)),
             trained=trained,
             prepare=loaders.recalibrate if config.recalibrate and not base_only else None,
             observer=observer,
-        ).run()
+        )
+        with _going_on(folder):
+            trainer.run()
     return folder.path
+
+
+@contextmanager
+def _going_on(folder: RunFolder) -> Iterator[None]:
+    """Errors that a user can put right say that the run can go on; that a worker has died is one of them."""
+    try:
+        yield
+    except (CheckpointError, DataError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and DEAD_WORKER not in str(error):
+            raise
+        told = worker_died(error) if isinstance(error, RuntimeError) else error
+        kept = " What was saved before is kept: when that is mended, go on with --resume." if folder.has_state else ""
+        raise type(told)(f"{told}{kept}") from error
+
+
+def _check_place(output: Path, model: ConvertedModel | str | Path, data: DataConfig) -> None:
+    """Raise a ConfigError if the run would be written over what it reads."""
+    read = [Path(place) for place in (model, data.data, data.masks) if isinstance(place, (str, Path))]
+    for place in read:
+        if place.exists() and output.resolve() == place.resolve():
+            raise ConfigError(f"{output} is what the run reads from. Pass another folder for what it writes.")
 
 
 # --- Accelerate ------------------------------------------------------------------------------------------------------
@@ -160,6 +186,22 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
 # --- what goes together ----------------------------------------------------------------------------------------------
 
 
+def _read_state(folder: RunFolder, accelerator: Accelerator) -> dict[str, Any] | None:
+    """The state of the run, which every process has to find."""
+    state = folder.read_state()
+    step = torch.tensor([-1 if state is None else state["step"]], device=accelerator.device)
+    if len(set(accelerator.gather(step).tolist())) > 1:
+        raise TrainingError(
+            f"{folder.path}: the processes find different states in it. All machines need to share the folder."
+        )
+    return state
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """What trackers can sort and plot: numbers, truth values and strings."""
+    return {name: x if isinstance(x, (bool, int, float, str)) else str(x) for name, x in settings.items()}
+
+
 def _choose_objective(model: ConvertedModel, config: FinetuneConfig) -> Objective:
     settings = model.settings
     loss = choose_loss(settings.task, settings.heteroscedastic, config.loss)
@@ -175,38 +217,3 @@ def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
     cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "num_classes": len(classes), "label_names": classes}
     cfg.pop("label_descriptions", None)
     model.pretrained_cfg = cfg  # type: ignore[assignment]
-
-
-def _settings(
-    module: nn.Module,
-    data: DataConfig,
-    parts: Data,
-    config: FinetuneConfig,
-    augmentation: Augmentation,
-    base_only: bool,
-    processes: int,
-) -> dict[str, Any]:
-    """What makes a run the one that it is."""
-    found: dict[str, Any] = {"train": len(parts.train), "val": len(parts.val), "classes": parts.classes}
-    if not isinstance(parts.train, Source):
-        found["processes"] = processes
-    # The order of a stream depends on who reads it.
-    free = FREE if isinstance(parts.train, Source) else tuple(name for name in FREE if name != "workers")
-    own = {name: value for name, value in asdict(config).items() if name not in free}
-    return {
-        "model": _fingerprint(module),
-        "base_only": base_only,
-        "data": asdict(data),
-        "found": found,
-        "augmentation": asdict(augmentation),
-        "config": own,
-    }
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """Of all weights and masks: a run goes on from the model that it was begun with."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -105,10 +105,19 @@ class Objective:
             return F.binary_cross_entropy_with_logits(x, shares)
         if y.is_floating_point():
             return F.cross_entropy(x, y)
-        return F.cross_entropy(x, y, ignore_index=_ignored(y), label_smoothing=self.label_smoothing)
+        if y.dim() == 1:
+            return F.cross_entropy(x, y, label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(x, y, ignore_index=IGNORED, label_smoothing=self.label_smoothing, reduction="sum")
+        return total / (y != IGNORED).sum().clamp_min(1)  # there may be no pixel of a class
 
     def _smooth(self, shares: Tensor, k: int) -> Tensor:
         return shares * (1 - self.label_smoothing) + self.label_smoothing / k
+
+    def count_known(self, ys: Sequence[Tensor]) -> Tensor | None:
+        """How many targets each of these has [len(ys)], where some may belong to no class; None where all count."""
+        if self.loss != "cross-entropy" or ys[0].is_floating_point() or ys[0].dim() == 1:
+            return None
+        return torch.stack([(y != IGNORED).sum() for y in ys]).float()
 
     def correct(self, outputs: Any, y: Tensor) -> Tensor | None:
         """Share of right answers; None where that means nothing (numbers, mixed targets)."""

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from masksurgery.sources import one_line
@@ -50,9 +51,12 @@ def check_optimizer(config: FinetuneConfig) -> None:
         close = difflib.get_close_matches(config.opt.lower(), known) or known[:8]
         raise ConfigError(f"opt={config.opt!r} is no optimiser of timm. Close: {', '.join(close)}.")
     try:
-        create_optimizer(nn.Linear(1, 1), replace(config, layer_decay=None), 1)
+        model = nn.Linear(1, 1)
+        optimizer, _ = create_optimizer(model, replace(config, layer_decay=None), 1)
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"opt={config.opt!r} and sched={config.sched!r} cannot be made: {one_line(error)}") from error
+        raise ConfigError(f"opt={config.opt!r} and sched={config.sched!r} cannot be used: {one_line(error)}") from error
 
 
 def create_ema(model: nn.Module, config: FinetuneConfig) -> Any:

@@ -67,6 +67,8 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
 
     def _begin(self, event: Begun) -> None:
         self.steps_per_epoch, self.epochs = event.steps_per_epoch, event.steps // event.steps_per_epoch
+        if event.processes > 1:
+            out().print(f"On {event.processes} processes.")
         if event.step:
             out().print(f"Going on after step {event.step} of {event.steps}.")
         if self.bar is not None:

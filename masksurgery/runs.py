@@ -21,6 +21,8 @@ STATE = "resume.pt"
 METRICS = "metrics.csv"
 SETTINGS = "run.json"
 LAST = "last"
+TRACKERS = "masksurgery"
+DRAFTS = (STATE, METRICS, SETTINGS, CONFIG, WEIGHTS, "backup")
 VERSION = 1
 
 COLUMNS = (
@@ -40,6 +42,10 @@ class RunFolder:
     def last(self) -> Path:
         return self.path / LAST
 
+    @property
+    def has_state(self) -> bool:
+        return (self.path / STATE).exists()
+
     def begin(self, settings: Mapping[str, Any], resume: bool, force: bool) -> None:
         """Make the folder, or find that the run in it is the one that is to go on.
 
@@ -54,9 +60,10 @@ class RunFolder:
             self._refuse()
         else:
             self._write_settings(written)
-        for stale in self.path.rglob(".*.tmp"):  # of a run that was killed while it wrote
-            with contextlib.suppress(OSError):
-                stale.unlink()
+        for folder in (self.path, self.last):  # of a run that was killed while it wrote
+            for stale in (path for name in DRAFTS for path in folder.glob(f".{name}.*.tmp")):
+                with contextlib.suppress(OSError):
+                    stale.unlink()
 
     def _refuse(self) -> None:
         if not self.path.is_dir():
@@ -71,9 +78,11 @@ class RunFolder:
         text = json.dumps(settings, indent=2)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / SETTINGS).exists():  # else a folder `last` is somebody else's
+                for folder in (self.last, self.path / TRACKERS):
+                    shutil.rmtree(folder, ignore_errors=True)
             for name in (STATE, SETTINGS, METRICS, CONFIG, WEIGHTS):
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.last, ignore_errors=True)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written ({error.strerror}).") from error
         replace_file(self.path / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
@@ -105,7 +114,7 @@ class RunFolder:
     def read_state(self) -> dict[str, Any] | None:
         """The state to resume from; None if there is none yet. No code in it is run."""
         path = self.path / STATE
-        if not path.exists():
+        if not self.has_state:
             return None
         state = read_tensors(path)
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):

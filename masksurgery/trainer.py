@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,6 +67,7 @@ class Trainer:
 
     Args:
         model: A converted model, or a base model.
+        state: Of the folder, to go on from.
         mixup: Mixes the samples of a batch, and their targets.
         trained: Names of the modules that are trained; None for all.
         batches: Of this process.
@@ -90,6 +91,7 @@ class Trainer:
         accelerator: Accelerator,
         folder: RunFolder,
         save: Callable[[nn.Module, Any], object],
+        state: Mapping[str, Any] | None = None,
         mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         trained: tuple[str, ...] | None = None,
         prepare: Callable[[nn.Module], object] | None = None,
@@ -97,7 +99,8 @@ class Trainer:
     ) -> None:
         self.module, self.batches, self.steps_per_epoch = model, batches, steps_per_epoch
         self.config, self.objective, self.accelerator, self.folder = config, objective, accelerator, folder
-        self.save, self.mixup, self.trained, self.prepare, self.observer = save, mixup, trained, prepare, observer
+        self.save, self.state, self.mixup = save, state, mixup
+        self.trained, self.prepare, self.observer = trained, prepare, observer
         self.steps = config.epochs * steps_per_epoch
         self.progress = Progress()
         self.stop = StopRequest()
@@ -115,7 +118,7 @@ class Trainer:
             self._set_up()
             self._clock = time.perf_counter()
             self._epoch_since = (self._clock, self.progress.step)
-            self._tell(Begun(self.progress.step, self.steps, self.steps_per_epoch))
+            self._tell(Begun(self.progress.step, self.steps, self.steps_per_epoch, self.accelerator.num_processes))
             if not self.progress.evaluated:
                 self._end_epoch()
             self._since = self._epoch_since = (time.perf_counter(), self.progress.step)
@@ -128,7 +131,7 @@ class Trainer:
     # --- beginning ---------------------------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
-        state = self._read_state()
+        state = self.state
         if state is None and self.prepare is not None:
             if self.accelerator.is_main_process:  # the others get its buffers when the model is wrapped
                 self.module.to(self.accelerator.device)
@@ -144,19 +147,10 @@ class Trainer:
             self.ema.module.load_state_dict(self.module.state_dict())  # what the main process has prepared
         if state is not None:
             self._restore(state)
+            self.state = None  # its tensors are not needed twice
         if self.accelerator.is_main_process:
             self.folder.keep_metrics(self.progress.step)
         self._train_mode()
-
-    def _read_state(self) -> dict[str, Any] | None:
-        state = self.folder.read_state()
-        step = torch.tensor([-1 if state is None else state["step"]], device=self.accelerator.device)
-        steps = set(self.accelerator.gather(step).tolist())
-        if len(steps) > 1:
-            raise TrainingError(
-                f"{self.folder.path}: the processes find different states in it. All machines need to share the folder."
-            )
-        return state
 
     def _freeze(self) -> None:
         if self.trained is None:
@@ -187,7 +181,8 @@ class Trainer:
         members = self._assign(len(x), step)
         if self.mixup is not None:
             x, y = self.mixup(x, y)
-        parts = zip(x.chunk(c.accumulate), y.chunk(c.accumulate), members.chunk(c.accumulate), strict=True)
+        xs, ys = x.chunk(c.accumulate), y.chunk(c.accumulate)
+        parts = zip(xs, ys, members.chunk(c.accumulate), self._shares(ys), strict=True)
         found = torch.stack([self._part(*part) for part in parts]).mean(0)
         self._pending.append(found)
         self.progress.step += 1
@@ -201,7 +196,14 @@ class Trainer:
         first = step * self.config.batch_size + self.accelerator.process_index * count
         return (torch.arange(count, device=self.accelerator.device) + first) % n
 
-    def _part(self, x: Tensor, y: Tensor, members: Tensor) -> Tensor:
+    def _shares(self, ys: Sequence[Tensor]) -> Sequence[Tensor | float]:
+        """What the mean of each part counts, where parts differ in how many targets they have: 1 on average."""
+        counts = self.objective.count_known(ys)
+        if counts is None:
+            return [1.0] * len(ys)
+        return counts / self.accelerator.reduce(counts.mean(), "mean").clamp_min(1)
+
+    def _part(self, x: Tensor, y: Tensor, members: Tensor, share: Tensor | float) -> Tensor:
         """Forward, backward, and after the last part of a step the update; returns loss and accuracy."""
         a = self.accelerator
         if isinstance(self.module, ConvertedModel):
@@ -210,7 +212,7 @@ class Trainer:
                 y = repeat_targets(y, self.module.members_module.n)
         with a.accumulate(self.model):
             outputs = self.model(x)
-            loss = self.objective(outputs, y)
+            loss = self.objective(outputs, y) * share
             a.backward(loss)
             if a.sync_gradients and self.config.clip_grad:
                 a.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -252,9 +254,10 @@ class Trainer:
                 self.progress.epoch_sums[k] += value
 
     def _not_finite(self, seen: str) -> None:
+        kept = " What was saved before is kept, but would meet the same again." if self.folder.has_state else ""
         raise TrainingError(
-            f"{self.folder.path}: {seen}. The last good state is kept; --resume would meet the same again. Begin anew "
-            f"with a smaller learning rate (it is {self.config.lr:g}) or --clip-grad, and look for NaN in the data."
+            f"{self.folder.path}: {seen}.{kept} Begin anew with a smaller learning rate (it is {self.config.lr:g}) or "
+            f"with --clip-grad, and look for NaN in the data."
         )
 
     def _log(self) -> None:
@@ -303,20 +306,18 @@ class Trainer:
     # --- validation and saving ---------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
-        self._collect()
         speed, processes = self._speed(self._epoch_since), self.accelerator.num_processes
+        self._checkpoint()  # should the validation fail, the epoch is not lost
         try:
             scores = validate(
                 self._result(), self.batches.val(), self.objective, self.accelerator,
                 lambda: self.stop.asked is not None and processes == 1,
             )  # fmt: skip
         except Stopped:
-            self._checkpoint()
             raise Interrupted(
                 f"{self.stop.asked}: stopped in the validation after step {self.progress.step}. It is saved."
             ) from None
         self._train_mode()
-        self._check_finite()
         p, criterion = self.progress, self.objective.criterion
         if not math.isfinite(scores[criterion]):
             self._not_finite(f"after step {p.step} the {criterion} of the validation is {scores[criterion]}")

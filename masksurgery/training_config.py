@@ -14,10 +14,13 @@ Schedule = Literal["cosine", "tanh", "step", "poly", "none"]
 FREE = ("log_every", "log_with", "workers", "checkpoint_every", "find_unused_parameters")
 """The settings that a resumed run may change, because they do not change the model."""
 
+FREE_OF_DATA = ("download", "check", "max_bad")
+"""The same of `DataConfig`; what is found with them may not change."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a run, checked. Neither processes nor `accumulate` change what a step computes.
+    """The settings of a run, checked. But for BatchNorm neither processes nor `accumulate` change what a step computes.
 
     Attributes:
         epochs: How often every training image is seen.
@@ -83,26 +86,20 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
-            self._check(name, lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, "a number from 1 on")
+            self._check(name, lambda x: _is_whole(x) and x >= 1, "a whole number from 1 on")
+        for name in ("seed", "workers"):
+            self._check(name, lambda x: _is_whole(x) and x >= 0, "a whole number from 0 on")
         for name in ("lr", "decay_epochs", "decay_rate"):
             self._check(name, lambda x: 0 < x < float("inf"), "a number above 0")
-        for name in (
-            "weight_decay",
-            "warmup_epochs",
-            "min_lr",
-            "mixup",
-            "cutmix",
-            "seed",
-            "workers",
-            "momentum",
-            "clip_grad",
-        ):
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "mixup", "cutmix", "momentum", "clip_grad"):
             self._check(name, lambda x: 0 <= x < float("inf"), "a number from 0 on")
         for name in ("label_smoothing", "ema_decay"):
             self._check(name, lambda x: 0 <= x < 1, "a number from 0 to below 1")
         self._check("layer_decay", lambda x: 0 < x <= 1, "a number above 0, at most 1")
         for name, known in (("sched", get_args(Schedule)), ("loss", LOSSES), ("mixed_precision", get_args(Precision))):
             self._check(name, lambda x, known=known: x in known, f"one of {', '.join(map(repr, known))}")
+        if self.sched == "none" and (self.warmup_epochs or self.min_lr):
+            raise ConfigError('sched="none" keeps the rate: it takes no warmup_epochs and no min_lr.')
         if self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}. Warm up for less."
@@ -116,3 +113,7 @@ class FinetuneConfig:
             fine = False
         if not fine:
             raise ConfigError(f"{name}={value!r} is not {what}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

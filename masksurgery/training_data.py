@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from masksurgery.data import Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
+from masksurgery.data import Batches, Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
 from masksurgery.images import Broken, image_input, preprocessing_of
 from masksurgery.losses import first_prediction
 from masksurgery.model import ConvertedModel
@@ -40,6 +40,8 @@ def open_for_run(config: DataConfig, model: ConvertedModel, settings: FinetuneCo
     shape, _ = image_input(model)
     task = model.settings.task
     read = partial(open_data, config, task=task, channels=shape[1], num_classes=outputs, workers=settings.workers)
+    if config.masks and (settings.mixup or settings.cutmix or settings.loss == "bce"):
+        raise ConfigError("masks of segmentation go with neither mixup, cutmix nor loss='bce'. Leave these out.")
     parts = read() if accelerator.is_main_process else None
     found = [parts.bad if parts else ()]
     broadcast_object_list(found)
@@ -118,24 +120,33 @@ class Loaders:
             self.parts.train, self.training, batch_size=c.batch_size, steps=(start, stop), seed=c.seed,
             rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        told = 0
-        for batch in batches:
-            tell_broken(batches.bad[told:])  # of a stream, which nobody has read before
-            told = len(batches.bad)
-            yield batch
+        return _telling(batches)
 
-    def val(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return eval_batches(
-            self.parts.val, self.evaluation, batch_size=self.config.batch_size,
-            rank=self.rank, world=self.world, workers=self.config.workers, pin_memory=torch.cuda.is_available(),
+    def val(self) -> Iterator[tuple[Tensor, Tensor]]:
+        c = self.config
+        batches = eval_batches(
+            self.parts.val, self.evaluation, batch_size=c.batch_size // c.accumulate,
+            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+        return _telling(batches)
 
     def recalibrate(self, model: nn.Module) -> None:
         """Re-estimate statistics over training images as they are in evaluation, on one process."""
         assert isinstance(model, ConvertedModel)
         c, images = self.config, self.parts.train
-        steps = min(-(-RECALIBRATION_IMAGES // c.batch_size), steps_per_epoch(images, c.batch_size))
-        batches = train_batches(
-            images, self.evaluation, batch_size=c.batch_size, steps=(0, steps), seed=c.seed, workers=c.workers
+        size = c.batch_size // (c.accumulate * self.world)  # what fits when it trains
+        steps = min(-(-RECALIBRATION_IMAGES // size), steps_per_epoch(images, size))
+        recalibrate(
+            model,
+            train_batches(images, self.evaluation, batch_size=size, steps=(0, steps), seed=c.seed, workers=c.workers),
         )
-        recalibrate(model, batches)
+
+
+def _telling(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; broken samples of a stream, which nobody has read before, are named as they come."""
+    told = 0
+    for batch in batches:
+        tell_broken(batches.bad[told:])
+        told = len(batches.bad)
+        yield batch
+    tell_broken(batches.bad[told:])

@@ -254,6 +254,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        if "DataLoader worker" in str(error):  # torch raises it wherever the process is when one of its workers dies
+            raise
         raise CheckpointError(
             f"{path}: cannot be written ({one_line(error)}). What was there before is as it was."
         ) from error

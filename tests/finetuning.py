@@ -46,14 +46,15 @@ def make_converted(folder: Path, name: str = "test_resnet", **kwargs: Any) -> Pa
 def command(*arguments: object, processes: int = 1) -> list[str]:
     """`masksurgery ...`, or `accelerate launch -m masksurgery ...`."""
     launch = ["-m"]
-    if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    if processes > 1:  # on CPUs where the environment says so
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--main_process_port", "0", "-m"]
     return [sys.executable, *launch, "masksurgery", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80", "ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, **own}
 
 
 def run(*arguments: object, processes: int = 1, folder: Path, status: int = 0) -> tuple[str, str]:

@@ -102,7 +102,8 @@ def test_two_processes_follow_the_losses_of_one(images: Path, tmp_path: Path) ->
         40,
     ]
     for processes in (1, 2):
-        run(*arguments, "--log-every", 1, "-o", tmp_path / f"by{processes}", processes=processes, folder=tmp_path)
+        out, _ = run(*arguments, "--log-every", 1, "-o", f"by{processes}", processes=processes, folder=tmp_path)
+        assert out.count("On 2 processes.") == processes - 1
     one, two = (metrics_of(tmp_path / name) for name in ("by1", "by2"))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     steps = [k for k, row in enumerate(one) if not row["val_nll"]]

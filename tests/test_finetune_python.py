@@ -266,7 +266,8 @@ def test_segmentation(tmp_path: Path) -> None:
         ({"batch_size": 9, "mixup": 0.2}, r"in pairs for mixup. Pass a multiple of 2"),
         ({"batch_size": 64}, r"24 training images are less than one batch"),
         ({"opt": "adamw2"}, r"opt='adamw2' is no optimiser of timm\. Close: .*adamw"),
-        ({"opt": "sgd", "momentum": 0.0}, r"opt='sgd' and sched='cosine' cannot be made: .*Nesterov"),
+        ({"opt": "adahessian"}, r"opt='adahessian' and sched='cosine' cannot be used: .*require grad"),
+        ({"opt": "sgd", "momentum": 0.0}, r"opt='sgd' and sched='cosine' cannot be used: .*Nesterov"),
         ({"loss": "mse"}, r"loss='mse' does not suit task='classification'\. Pass 'cross-entropy' or 'bce'"),
         ({"log_with": ("pencil",)}, r"log_with='pencil' is no tracker of Accelerate\. Pass some of .*tensorboard"),
         ({"log_with": ("wandb",)}, r"log_with='wandb' needs a package that is not installed: pip install wandb"),
@@ -285,8 +286,8 @@ def test_settings_that_do_not_go_together(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, r"epochs=0 is not a number from 1 on"),
-        ({"batch_size": 2.5}, r"batch_size=2\.5 is not a number from 1 on"),
+        ({"epochs": 0}, r"epochs=0 is not a whole number from 1 on"),
+        ({"batch_size": 2.5}, r"batch_size=2\.5 is not a whole number from 1 on"),
         ({"lr": 0.0}, r"lr=0\.0 is not a number above 0"),
         ({"lr": float("nan")}, r"lr=nan is not a number above 0"),
         ({"ema_decay": 1.0}, r"ema_decay=1\.0 is not a number from 0 to below 1"),
@@ -294,8 +295,10 @@ def test_settings_that_do_not_go_together(
         ({"sched": "cosin"}, r"sched='cosin' is not one of 'cosine', 'tanh', 'step', 'poly', 'none'"),
         ({"mixed_precision": "fp8"}, r"mixed_precision='fp8' is not one of 'no', 'fp16', 'bf16'"),
         ({"warmup_epochs": 3, "epochs": 2}, r"warmup_epochs=3 is more than epochs=2"),
+        ({"seed": 0.5}, r"seed=0\.5 is not a whole number from 0 on"),
+        ({"sched": "none", "warmup_epochs": 1}, r"sched=\"none\" keeps the rate: it takes no warmup_epochs"),
         ({"clip_grad": -1.0}, r"clip_grad=-1\.0 is not a number from 0 on"),
-        ({"workers": "many"}, r"workers='many' is not a number from 0 on"),
+        ({"workers": "many"}, r"workers='many' is not a whole number from 0 on"),
     ],
 )
 def test_values_that_cannot_be(settings: dict[str, Any], message: str) -> None:

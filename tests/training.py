@@ -124,6 +124,7 @@ def make_trainer(
         accelerator,
         run,
         save,
+        state=run.read_state(),
         observer=observed,
         **extra,
     )

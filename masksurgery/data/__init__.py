@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from masksurgery.data.check import BrokenImage, default_workers
 from masksurgery.data.config import DataConfig
-from masksurgery.data.loading import Batches, eval_batches, steps_per_epoch, train_batches
+from masksurgery.data.loading import DEAD_WORKER, Batches, eval_batches, steps_per_epoch, train_batches, worker_died
 from masksurgery.data.opening import Data, open_data
 from masksurgery.data.pairs import IGNORED
 from masksurgery.data.source import Source
@@ -12,6 +12,7 @@ from masksurgery.data.streams import Stream
 from masksurgery.types import DataError
 
 __all__ = [
+    "DEAD_WORKER",
     "IGNORED",
     "Batches",
     "BrokenImage",
@@ -25,4 +26,5 @@ __all__ = [
     "open_data",
     "steps_per_epoch",
     "train_batches",
+    "worker_died",
 ]

@@ -26,8 +26,17 @@ from masksurgery.data.streaming import EvalStream, TrainStream
 from masksurgery.data.streams import Stream
 from masksurgery.images import Broken, ImageError, readable
 from masksurgery.randomness import generator
+from masksurgery.sources import one_line
+from masksurgery.stopping import STOPS, held_signals, release_signals
 from masksurgery.transforms import Transform
 from masksurgery.types import ConfigError, DataError
+
+DEAD_WORKER = "DataLoader worker (pid"
+"""What torch's RuntimeError says, which may come anywhere while a process that reads images is dead."""
+
+
+def worker_died(error: RuntimeError) -> DataError:
+    return DataError(f"A process that reads images has died. If memory is short, use fewer. ({one_line(error)})")
 
 
 def steps_per_epoch(source: Source | Stream, batch_size: int) -> int:
@@ -134,20 +143,24 @@ class Batches:
         return self.count
 
     def __iter__(self) -> Iterator[Batch]:
+        with held_signals():  # which a worker that is just being started would die of
+            results = iter(self.loader)
+        while (result := self._next(results)) is not None:
+            batch, broken = result
+            self._count(broken)
+            if batch is not None:
+                yield batch
+
+    def _next(self, results: Iterator[Result]) -> tuple[Batch | None, tuple[Broken, ...]] | None:
         try:
-            for result in self.loader:
-                if isinstance(result, DataError):
-                    raise result
-                batch, broken = result
-                self._count(broken)
-                if batch is not None:
-                    yield batch
+            result = next(results, None)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+            if DEAD_WORKER not in str(error):
                 raise
-            raise DataError(
-                f"A process that reads images has died. If memory is short, use fewer. ({error})"
-            ) from error
+            raise worker_died(error) from error
+        if isinstance(result, DataError):
+            raise result
+        return result
 
     def _count(self, broken: Sequence[Broken]) -> None:
         known = {one.path for one in self.bad}
@@ -240,7 +253,7 @@ def _loader(data: Any, workers: int | None, seed: int, pin_memory: bool, **more:
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_leave_signals,
         **more,
     )
 
@@ -249,6 +262,8 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C is for the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(worker: int) -> None:
+    """A stop is for the process that trains, which ends its workers itself."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    release_signals()
