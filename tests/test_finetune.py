@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,11 +115,14 @@ def test_two_processes_follow_the_losses_of_one(images: Path, tmp_path: Path) ->
     assert float(one[-1]["train_loss"]) < float(one[0]["train_loss"]) - 0.05  # it learns: the curve is one
 
 
-def begin(arguments: list[object], folder: Path, steps: int = 3) -> subprocess.Popen[str]:
+def begin(
+    arguments: list[object], folder: Path, steps: int = 3, processes: int = 1, **more: Any
+) -> subprocess.Popen[str]:
     """A run that has done so many steps, in a process of its own."""
     process = subprocess.Popen(
-        command(*arguments), env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(*arguments, processes=processes), env=environment(), cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, **more,
+    )  # fmt: skip
     marker = folder / "run" / "metrics.csv"
     while process.poll() is None and (not marker.exists() or len(metrics_of(folder / "run")) < steps):
         time.sleep(0.005)
@@ -214,3 +218,33 @@ def check_full(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "resume.pt: cannot be written" in done.stderr.strip().splitlines()[-1]
     assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_saves(images: Path, converted: Path, tmp_path: Path) -> None:
+    """As batch systems send it: to the run and to the processes that read images for it."""
+    arguments = ["finetune", converted, "--data", images, "--epochs", 200, "--batch-size", 8, "-o", "run"]
+    arguments += ["--workers", 2, "--log-every", 1]
+    state = tmp_path / "run" / "resume.pt"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        before = torch.load(state, weights_only=True)["step"] if state.exists() else 0
+        process = begin([*arguments, "--resume"], tmp_path, steps=before + 3, start_new_session=True)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate()
+        assert process.returncode == 130, errors
+        assert f"{signal.Signals(number).name}: stopped" in errors and "Traceback" not in errors
+        assert torch.load(state, weights_only=True)["step"] >= before + 3
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on(images: Path, tmp_path: Path) -> None:
+    vit = make_converted(tmp_path / "vit", "test_vit", img_size=32)
+    arguments = ["finetune", vit, "--data", images, "--epochs", 4, "--batch-size", 8, "--checkpoint-every", 2]
+    arguments += ["--log-every", 1, "--ema-decay", 0.9, "--mixup", 0.4, "-o"]
+    run(*arguments, "whole", processes=2, folder=tmp_path)
+    process = begin([*arguments, "run"], tmp_path, steps=5, processes=2, start_new_session=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out, _ = run(*arguments, "run", "--resume", processes=2, folder=tmp_path)
+    assert "On 2 processes." in out and "Going on after step " in out
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +23,7 @@ import masksurgery
 from finetuning import NAMES, make_converted, make_images, metrics_of, tensors_of
 from masksurgery import Augmentation, ConfigError, DataConfig, DataError, FinetuneConfig
 from masksurgery.cli import app
+from pictures import write_shards
 from training import Small
 
 module = importlib.import_module("masksurgery.finetune")  # the package has the function under this name
@@ -37,6 +39,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_converted(tmp_path_factory.mktemp("converted") / "dir")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Other tests have left Accelerate's state in this process."""
+    AcceleratorState._reset_state()
 
 
 def finetune(model: Any, data: Any, output: Path, **settings: Any) -> Path:
@@ -164,6 +172,17 @@ def test_broken_images_are_left_out_and_named(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["found.train"] == 23
 
 
+def test_broken_samples_of_shards_are_named_in_training_and_in_validation(
+    converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "shards", lengths=(10, 9), val=7, bad=(3, 20))  # one of each part
+    data = DataConfig(f"wds/{tmp_path / 'shards'}", max_bad=1)
+    with caplog.at_level(logging.WARNING, "masksurgery"):
+        finetune(converted, data, tmp_path / "run")
+    named = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert any("0003" in line for line in named) and any("0020" in line for line in named)
+
+
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +270,10 @@ def test_segmentation(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "images" / part / f"{k}.png")
             Image.fromarray(mask).save(tmp_path / "masks" / part / f"{k}.png")
     data = DataConfig(str(tmp_path / "images"), masks=str(tmp_path / "masks"))
+    for refused in ({"mixup": 0.2}, {"loss": "bce"}):
+        with pytest.raises(ConfigError, match="masks of segmentation go with neither mixup, cutmix nor loss='bce'"):
+            finetune(convert(Pixels()), data, tmp_path / "run", **refused)
+    assert not (tmp_path / "run").exists()
     folder = finetune(convert(Pixels()), data, tmp_path / "run", epochs=6, lr=0.01)
     assert last_val(folder)["val_accuracy"] > 0.9
     assert last_val(folder)["val_nll"] < 0.4
@@ -334,7 +357,25 @@ def test_folders_that_hold_something(images: Path, converted: Path, tmp_path: Pa
         finetune(converted, images, tmp_path / "full", epochs=1)
 
 
-def test_a_run_goes_on_with_its_own_settings_model_and_data(images: Path, converted: Path, tmp_path: Path) -> None:
+def test_force_leaves_what_is_not_of_a_run(images: Path, converted: Path, tmp_path: Path) -> None:
+    for name in ("last/thesis.txt", "sub/.mine.tmp", ".notes.tmp"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    finetune(converted, images, tmp_path / "run", force=True, epochs=1)
+    for name in ("last/thesis.txt", "sub/.mine.tmp", ".notes.tmp"):
+        assert (tmp_path / "run" / name).read_text() == "mine"
+    model = shutil.copytree(converted, tmp_path / "model")
+    for output in (model, tmp_path / "sub" / ".." / "model"):
+        with pytest.raises(ConfigError, match=r"is what the run reads from\. Pass another folder"):
+            finetune(model, images, output, force=True)
+    with pytest.raises(ConfigError, match=r"is what the run reads from"):
+        finetune(model, images, images, force=True)
+    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_run_goes_on_with_its_own_settings_model_and_data(
+    images: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = finetune(converted, images, tmp_path / "run", epochs=1)
     before = tensors_of(folder)
     with pytest.raises(ConfigError, match=r"begun with other settings: config\.epochs is 2, then 1\. A run goes on"):
@@ -343,12 +384,18 @@ def test_a_run_goes_on_with_its_own_settings_model_and_data(images: Path, conver
         finetune(converted, images, folder, resume=True, epochs=1, augmentation=Augmentation(hflip=0.1))
     with pytest.raises(ConfigError, match=r"data\.max_train is 10, then None; found\.train is 10, then 24"):
         finetune(converted, DataConfig(str(images), max_train=10), folder, resume=True, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        with pytest.raises(ConfigError, match=r"found\.mixed_precision is 'bf16', then 'no'"):
+            finetune(converted, images, folder, resume=True, epochs=1)
     other = masksurgery.load(converted)
     with torch.no_grad():
         other.fc.bias[0] += 1
     with pytest.raises(ConfigError, match=r"model is '\w+', then '\w+'"):
         finetune(other, images, folder, resume=True, epochs=1)
-    finetune(converted, images, folder, resume=True, epochs=1, log_every=3, checkpoint_every=1)
+    monkeypatch.chdir(images.parent)
+    same = DataConfig(images.name, check=False, max_bad=3)  # by another path, and read otherwise
+    finetune(converted, same, folder, resume=True, epochs=1, log_every=3, checkpoint_every=1)
     assert tensors_of(folder) == before
     (folder / "run.json").write_text("{")
     with pytest.raises(masksurgery.CheckpointError, match=r"run\.json: cannot be read .* Begin anew with --force"):

@@ -104,6 +104,16 @@ def test_pixels_of_no_class_are_left_out() -> None:
     assert torch.allclose(last(x.movedim(1, 3), y), by_hand)
 
 
+def test_an_image_of_no_known_pixel_counts_nothing() -> None:
+    x, y = draw(1, 3, 4, 4).requires_grad_(), torch.full((1, 4, 4), 255)
+    objective = Objective("classification", "cross-entropy")
+    loss = objective(x, y)
+    loss.backward()
+    assert loss == 0 and torch.equal(x.grad, torch.zeros_like(x))  # type: ignore[arg-type]
+    assert objective.count_known([y, y - 254]).tolist() == [0, 16]  # type: ignore[union-attr]
+    assert objective.count_known([CLASSES]) is None and Objective("regression", "mse").count_known([y]) is None
+
+
 def test_the_class_255_of_images_is_a_class() -> None:
     x, y = draw(4, 300), torch.tensor([255, 3, 255, 7])
     objective = Objective("classification", "cross-entropy")

@@ -7,6 +7,7 @@ import csv
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import nn
+from torch import Tensor, nn
 
 import masksurgery
 from finetuning import tensors_of
@@ -153,15 +154,31 @@ def test_a_run_that_is_finished_is_not_run_again(tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "run") == before
 
 
+def test_an_epoch_is_not_lost_when_its_validation_fails(tmp_path: Path) -> None:
+    class Unreadable(Batches):
+        def val(self) -> Any:
+            yield next(super().val())
+            raise Crash
+
+    make_trainer(tmp_path / "whole", rich_model(), **RICH)[0].run()
+    broken, _ = make_trainer(tmp_path / "run", rich_model(), Unreadable(), **RICH)
+    with pytest.raises(Crash):
+        broken.run()
+    resumed, observed = make_trainer(tmp_path / "run", rich_model(), resume=True, **RICH)
+    resumed.run()
+    assert observed[0].step == STEPS and [event.step for event in observed.epochs] == [5, 10]
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "every"), [(0, 1), (7, 1), (7, 4), (9, 100)])
 def test_a_loss_that_is_no_number_stops_and_the_last_state_is_kept(tmp_path: Path, step: int, every: int) -> None:
     trainer, _ = make_trainer(tmp_path / "run", batches=Batches(spoil=step), log_every=every)
-    with pytest.raises(
-        TrainingError, match=rf"the loss of step {step + 1} is nan\.{'.*is kept' if step >= STEPS else ' Begin anew'}"
-    ):
+    rest = "Begin anew" if step < STEPS else "What was saved before is kept"
+    with pytest.raises(TrainingError, match=rf"the loss of step {step + 1} is nan\. {rest}"):
         trainer.run()
     if step < STEPS:
         assert not (tmp_path / "run" / "resume.pt").exists()
@@ -220,6 +237,29 @@ def test_parts_of_a_step_are_the_step(tmp_path: Path) -> None:
         losses.append(observed.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
     assert losses[0] != losses[1]  # rounded otherwise: it was split
+
+
+def test_pixels_count_alike_in_parts_of_a_step(tmp_path: Path) -> None:
+    class Pixels(Batches):
+        """Masks: of the first four images nearly nothing is known, of the fifth nothing at all."""
+
+        def _make(self, seed: int) -> tuple[Tensor, Tensor]:
+            x, y = super()._make(seed)
+            masks = y[:, None, None].repeat(1, 4, 4)
+            masks[:4, 1:] = masks[4] = 255
+            return x, masks
+
+    losses = []
+    for accumulate in (1, 2, 8):
+        base = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, CLASSES, 1))
+        for k, parameter in enumerate(base.parameters()):
+            nn.init.normal_(parameter, 0, 0.2, torch.Generator().manual_seed(k))
+        model = masksurgery.convert(base, example_inputs=(torch.zeros(1, 3, SIZE, SIZE),))
+        save = partial(masksurgery.save, force=True)
+        trainer, observed = make_trainer(tmp_path / str(accumulate), model, Pixels(), accumulate=accumulate, save=save)
+        trainer.run()
+        losses.append(observed.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
 
 
 def test_repeat_trains_every_member_on_every_sample(tmp_path: Path) -> None:
