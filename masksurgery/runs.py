@@ -123,15 +123,19 @@ class RunFolder:
 
     # --- the metrics -------------------------------------------------------------------------------------------------
 
-    def keep_metrics(self, step: int) -> None:
-        """Drop the rows of later steps, which a resumed run writes again; begin the file if there is none."""
+    def keep_metrics(self, step: int, evaluated: bool) -> None:
+        """Drop what a resumed run writes again: the rows of later steps, and a validation that is to be repeated.
+
+        A file is begun if there is none.
+        """
         path = self.path / METRICS
         rows = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 # A row that was cut short has less columns.
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
-                rows = [row for row in whole if int(row["step"]) <= step]
+                last = step if evaluated else step - 1
+                rows = [row for row in whole if int(row["step"]) <= (last if _has_scores(row) else step)]
 
         def write(draft: Path) -> None:
             with draft.open("w", newline="", encoding="utf-8") as file:
@@ -159,3 +163,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def _has_scores(row: Mapping[str, str]) -> bool:
+    return any(row[name] for name in COLUMNS if name.startswith("val_"))

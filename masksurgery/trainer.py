@@ -149,7 +149,7 @@ class Trainer:
             self._restore(state)
             self.state = None  # its tensors are not needed twice
         if self.accelerator.is_main_process:
-            self.folder.keep_metrics(self.progress.step)
+            self.folder.keep_metrics(self.progress.step, self.progress.evaluated)
         self._train_mode()
 
     def _freeze(self) -> None:

@@ -233,7 +233,7 @@ def test_a_signal_to_the_whole_group_saves(images: Path, converted: Path, tmp_pa
         _, errors = process.communicate()
         assert process.returncode == 130, errors
         assert f"{signal.Signals(number).name}: stopped" in errors and "Traceback" not in errors
-        assert torch.load(state, weights_only=True)["step"] >= before + 3
+        assert torch.load(state, weights_only=True)["step"] > before
 
 
 @pytest.mark.slow

@@ -154,6 +154,27 @@ def test_a_run_that_is_finished_is_not_run_again(tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("when", ["row", "best", "last"])
+def test_a_crash_between_the_validation_and_its_state(tmp_path: Path, when: str) -> None:
+    make_trainer(tmp_path / "whole", rich_model(), **RICH)[0].run()
+
+    def save(model: masksurgery.ConvertedModel, folder: Path) -> None:
+        if when == "row" or folder.name == "last":
+            raise Crash
+        masksurgery.save(model, folder, force=True)
+        if when == "best":
+            raise Crash
+
+    broken, _ = make_trainer(tmp_path / "run", rich_model(), save=save, **RICH)
+    with pytest.raises(Crash):
+        broken.run()
+    resumed, observed = make_trainer(tmp_path / "run", rich_model(), resume=True, **RICH)
+    resumed.run()
+    assert [event.step for event in observed.epochs] == [5, 10]
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole")
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
 def test_an_epoch_is_not_lost_when_its_validation_fails(tmp_path: Path) -> None:
     class Unreadable(Batches):
         def val(self) -> Any:

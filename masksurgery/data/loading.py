@@ -27,12 +27,16 @@ from masksurgery.data.streams import Stream
 from masksurgery.images import Broken, ImageError, readable
 from masksurgery.randomness import generator
 from masksurgery.sources import one_line
-from masksurgery.stopping import STOPS, held_signals, release_signals
+from masksurgery.stopping import held_signals, release_signals
 from masksurgery.transforms import Transform
 from masksurgery.types import ConfigError, DataError
 
 DEAD_WORKER = "DataLoader worker (pid"
 """What torch's RuntimeError says, which may come anywhere while a process that reads images is dead."""
+
+
+GRACE = 60
+"""Seconds that a worker goes on after SIGTERM, for the step that is not yet done."""
 
 
 def worker_died(error: RuntimeError) -> DataError:
@@ -145,11 +149,15 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         with held_signals():  # which a worker that is just being started would die of
             results = iter(self.loader)
-        while (result := self._next(results)) is not None:
-            batch, broken = result
-            self._count(broken)
-            if batch is not None:
-                yield batch
+        try:
+            while (result := self._next(results)) is not None:
+                batch, broken = result
+                self._count(broken)
+                if batch is not None:
+                    yield batch
+        finally:
+            if hasattr(results, "_shutdown_workers"):  # else they would live as long as the traceback of an error
+                results._shutdown_workers()
 
     def _next(self, results: Iterator[Result]) -> tuple[Batch | None, tuple[Broken, ...]] | None:
         try:
@@ -264,6 +272,7 @@ def _as_it_is(result: Any) -> Any:
 
 def _leave_signals(worker: int) -> None:
     """A stop is for the process that trains, which ends its workers itself."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # it may be that process which asks
     release_signals()
