@@ -7,16 +7,16 @@ was killed goes on from its last state as if it had never stopped.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from masksurgery.events import Begun, Interrupted, Measured, Observer
-from masksurgery.layers import Members, repeat_targets
+from masksurgery.events import Interrupted, Observer
+from masksurgery.figures import Figures, Progress
+from masksurgery.freezing import freeze, keep_frozen
+from masksurgery.layers import repeat_targets
 from masksurgery.losses import Objective
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import create_ema, create_optimizer
@@ -24,7 +24,6 @@ from masksurgery.randomness import forked_random_state, seed_global
 from masksurgery.runs import RunFolder
 from masksurgery.stopping import StopRequest
 from masksurgery.training_config import FinetuneConfig
-from masksurgery.types import TrainingError
 from masksurgery.validation import Stopped, validate
 
 if TYPE_CHECKING:
@@ -39,27 +38,6 @@ class Batches(Protocol):
 
     def val(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Every validation sample once."""
-
-
-@dataclass
-class Progress:
-    """How far a run is: what is saved besides the tensors.
-
-    Attributes:
-        step: Steps that are done.
-        evaluated: The epoch that ends with this step has been evaluated.
-        best: The smallest criterion in validation.
-        epoch_sums: Sum of the losses, of the accuracies, and number of steps since the epoch began.
-        recent: Losses and accuracies since the last row of the metrics.
-        seconds: Time that the run has taken.
-    """
-
-    step: int = 0
-    evaluated: bool = True
-    best: float = math.inf
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    recent: list[list[float]] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -100,11 +78,14 @@ class Trainer:
         self.module, self.batches, self.steps_per_epoch = model, batches, steps_per_epoch
         self.config, self.objective, self.accelerator, self.folder = config, objective, accelerator, folder
         self.save, self.state, self.mixup = save, state, mixup
-        self.trained, self.prepare, self.observer = trained, prepare, observer
+        self.trained, self.prepare = trained, prepare
         self.steps = config.epochs * steps_per_epoch
-        self.progress = Progress()
+        self.figures = Figures(config, accelerator, folder, steps_per_epoch, observer)
         self.stop = StopRequest()
-        self._pending: list[Tensor] = []
+
+    @property
+    def progress(self) -> Progress:
+        return self.figures.progress
 
     def run(self) -> Progress:
         """Train from the folder's state, if it has one, to the end.
@@ -116,12 +97,9 @@ class Trainer:
         """
         with forked_random_state(self.accelerator.device), self.stop:
             self._set_up()
-            self._clock = time.perf_counter()
-            self._epoch_since = (self._clock, self.progress.step)
-            self._tell(Begun(self.progress.step, self.steps, self.steps_per_epoch, self.accelerator.num_processes))
+            self.figures.begin()
             if not self.progress.evaluated:
                 self._end_epoch()
-            self._since = self._epoch_since = (time.perf_counter(), self.progress.step)
             start = self.progress.step
             for x, y in self.batches.train(start, self.steps) if start < self.steps else ():
                 self._step(x, y)
@@ -137,7 +115,7 @@ class Trainer:
                 self.module.to(self.accelerator.device)
                 self.prepare(self.module)
             self.accelerator.wait_for_everyone()
-        self._freeze()
+        freeze(self.module, self.trained)
         if state is not None:
             self.module.load_state_dict(state["model"])
         self.optimizer, self.scheduler = create_optimizer(self.module, self.config, self.steps_per_epoch)
@@ -152,23 +130,9 @@ class Trainer:
             self.folder.keep_metrics(self.progress.step, self.progress.evaluated)
         self._train_mode()
 
-    def _freeze(self) -> None:
-        if self.trained is None:
-            return
-        for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(self._is_trained(name))
-
-    def _is_trained(self, name: str) -> bool:
-        return self.trained is None or any(name == own or name.startswith(f"{own}.") for own in self.trained)
-
     def _train_mode(self) -> None:
-        """Training mode; what is frozen stays as it is, statistics and dropout included."""
         self.model.train()
-        if self.trained is None:
-            return
-        for name, module in self.module.named_modules():
-            if name and not isinstance(module, Members):
-                module.train(self._is_trained(name))  # containers come before what is in them
+        keep_frozen(self.module, self.trained)
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -184,9 +148,7 @@ class Trainer:
         xs, ys = x.chunk(c.accumulate), y.chunk(c.accumulate)
         parts = zip(xs, ys, members.chunk(c.accumulate), self._shares(ys), strict=True)
         found = torch.stack([self._part(*part) for part in parts]).mean(0)
-        self._pending.append(found)
-        self.progress.step += 1
-        self.progress.evaluated = self.progress.step % self.steps_per_epoch > 0
+        self.figures.add(found)
         if self.ema is not None:
             self.ema.update(self.module, step=self.progress.step)
 
@@ -225,7 +187,7 @@ class Trainer:
         p, c = self.progress, self.config
         ends = p.step % self.steps_per_epoch == 0
         if p.step % c.log_every == 0:
-            self._log()
+            self.figures.log(self._rate())
         if ends:
             self._end_epoch()
         elif c.checkpoint_every and p.step % c.checkpoint_every == 0:
@@ -237,76 +199,10 @@ class Trainer:
                 f"{self.stop.asked or 'A signal'}: stopped after step {p.step} of {self.steps}. It is saved."
             )
 
-    # --- figures -----------------------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        """Fetch the losses of the last steps from the device and from the other processes."""
-        if not self._pending:
-            return
-        found = self.accelerator.reduce(torch.stack(self._pending), "mean").tolist()
-        first = self.progress.step - len(found) + 1
-        self._pending.clear()
-        for step, (loss, right) in enumerate(found, first):
-            if not math.isfinite(loss):
-                self._not_finite(f"the loss of step {step} is {loss}")
-            self.progress.recent.append([loss, right])
-            for k, value in enumerate((loss, right, 1.0)):
-                self.progress.epoch_sums[k] += value
-
-    def _not_finite(self, seen: str) -> None:
-        kept = " What was saved before is kept, but would meet the same again." if self.folder.has_state else ""
-        raise TrainingError(
-            f"{self.folder.path}: {seen}.{kept} Begin anew with a smaller learning rate (it is {self.config.lr:g}) or "
-            f"with --clip-grad, and look for NaN in the data."
-        )
-
-    def _log(self) -> None:
-        self._collect()
-        recent = self.progress.recent
-        if recent:
-            loss, right = (sum(column) / len(recent) for column in zip(*recent, strict=True))
-            self._tell(self._measured(loss, right, self._speed(self._since)))
-        self.progress.recent = []
-        self._since = (time.perf_counter(), self.progress.step)
-
-    def _speed(self, since: tuple[float, int]) -> float:
-        """Images per second since a time, at which so many steps were done."""
-        seconds = time.perf_counter() - since[0]
-        return (self.progress.step - since[1]) * self.config.batch_size / max(seconds, 1e-9)
-
-    def _measured(self, loss: float, right: float, speed: float, **more: Any) -> Measured:
-        p = self.progress
-        return Measured(
-            epoch=(p.step - 1) // self.steps_per_epoch + 1,
-            step=p.step,
-            lr=max(group["lr"] for group in self.optimizer.param_groups),
-            train_loss=loss,
-            train_accuracy=None if math.isnan(right) else right,
-            images_per_second=speed,
-            seconds=self._seconds(),
-            **more,
-        )
-
-    def _seconds(self) -> float:
-        now = time.perf_counter()
-        self.progress.seconds += now - self._clock
-        self._clock = now
-        return self.progress.seconds
-
-    def _tell(self, event: Begun | Measured) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        if isinstance(event, Measured):
-            row = event.row()
-            self.folder.add_metrics(row)
-            self.accelerator.log({name: x for name, x in row.items() if x is not None and name != "step"}, event.step)
-        if self.observer is not None:
-            self.observer(event)
-
     # --- validation and saving ---------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
-        speed, processes = self._speed(self._epoch_since), self.accelerator.num_processes
+        speed, processes = self.figures.epoch_speed(), self.accelerator.num_processes
         self._checkpoint()  # should the validation fail, the epoch is not lost
         try:
             scores = validate(
@@ -318,18 +214,16 @@ class Trainer:
                 f"{self.stop.asked}: stopped in the validation after step {self.progress.step}. It is saved."
             ) from None
         self._train_mode()
-        p, criterion = self.progress, self.objective.criterion
-        if not math.isfinite(scores[criterion]):
-            self._not_finite(f"after step {p.step} the {criterion} of the validation is {scores[criterion]}")
-        loss, right, steps = p.epoch_sums
-        best = scores[criterion] < p.best
-        self._tell(self._measured(loss / steps, right / steps, speed, val=scores, best=best))
-        p.best, p.evaluated, p.epoch_sums = min(p.best, scores[criterion]), True, [0.0, 0.0, 0.0]
+        best = self.figures.end_epoch(self._rate(), speed, scores, self.objective.criterion)
         if self.accelerator.is_main_process:
             for folder in (self.folder.path, self.folder.last) if best else (self.folder.last,):
                 self.save(self._result(), folder)
         self._checkpoint()
-        self._since = self._epoch_since = (time.perf_counter(), p.step)
+        self.figures.restart_epoch()
+
+    def _rate(self) -> float:
+        """The largest learning rate."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _result(self) -> nn.Module:
         """What is evaluated and saved: the averaged weights where there are any."""
@@ -338,12 +232,12 @@ class Trainer:
     def _check_finite(self) -> None:
         for name, tensor in self.module.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                self._not_finite(f"'{name}' has values that are no numbers after step {self.progress.step}")
+                self.figures.fail(f"'{name}' has values that are no numbers after step {self.progress.step}")
 
     def _checkpoint(self) -> None:
-        self._collect()
+        self.figures.collect()
         self._check_finite()
-        self._seconds()
+        self.figures.stop_clock()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             self.folder.write_state(
@@ -363,7 +257,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
+        self.figures.progress = Progress(**{name: state[name] for name in vars(self.progress)})
 
     def _asked_to_stop(self) -> bool:
         """Whether to stop now: processes do so after the same step, which they settle when they log."""

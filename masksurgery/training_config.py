@@ -20,8 +20,9 @@ FREE_OF_DATA = ("download", "check", "max_bad")
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a run, checked. But for BatchNorm, and what dropout and mixup draw, neither
-    processes nor `accumulate` change what a step computes.
+    """The settings of a run, checked.
+
+    But for BatchNorm, and for what dropout and mixup draw, neither processes nor `accumulate` change what a step does.
 
     Attributes:
         epochs: How often every training image is seen.

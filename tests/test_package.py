@@ -23,7 +23,7 @@ ROWS = (
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),
     ("rebuild", "folders", "restore", "checkpoint"),
     ("images", "transforms", "randomness", "stopping", "data"),
-    ("losses", "training_config", "training_data", "events", "runs", "identity"),
+    ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("optimisation", "validation", "trainer"),
     ("hub", "pack", "finetune", "evaluate", "report", "export", "keras"),
     ("__init__",),
