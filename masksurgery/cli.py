@@ -12,6 +12,7 @@ import typer
 from masksurgery.cli_finetune import finetune
 from masksurgery.options import (
     After,
+    Directory,
     Exclude,
     ImgSize,
     InChans,
@@ -24,10 +25,12 @@ from masksurgery.options import (
     Scale,
     Task,
     TrainMode,
+    Trust,
     Where,
     check_output,
     check_settings,
     parse_object,
+    place_of,
 )
 from masksurgery.types import ConfigError
 
@@ -219,9 +222,7 @@ def _next_step(model: ConvertedModel, directory: Path, is_trained: bool) -> str:
 
 @app.command()
 def predict(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", show_default=False, help="A folder that convert wrote, or hf-hub:...")
-    ],
+    directory: Directory,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", show_default=False, help="Images or folders.")],
     topk: Annotated[int, typer.Option("--topk", min=1, help="Labels for each image.")] = 5,
     json_file: Annotated[
@@ -230,9 +231,7 @@ def predict(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", dir_okay=False, help="Write as CSV.")
     ] = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the function module:factory that the folder names.")
-    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Predict images, and say how sure each prediction is.
 
@@ -248,7 +247,7 @@ def predict(
             raise ConfigError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
     images = find_images(paths)
     with step(f"Loading {directory}"):
-        model = load(directory if directory.startswith("hf-hub:") else Path(directory), trust=trust)
+        model = load(place_of(directory), trust=trust)
     rows, broken = [], 0
     for result in track(predict_images(model, images, topk), len(images), "Predicting"):
         if isinstance(result, Broken):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from masksurgery.data import DataConfig
+from masksurgery.options import Directory, Trust, place_of
 from masksurgery.settings_options import pick, with_settings
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.transforms import Augmentation
@@ -18,9 +19,7 @@ from masksurgery.transforms import Augmentation
 
 @with_settings(DataConfig, Augmentation, FinetuneConfig, without=("enabled",))
 def finetune(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", show_default=False, help="A folder that convert wrote, or hf-hub:...")
-    ],
+    directory: Directory,
     data: Annotated[
         str,
         typer.Option(
@@ -41,9 +40,7 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with the run in the output folder, if there is one.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that is not empty.")] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the function module:factory that the folder names.")
-    ] = False,
+    trust: Trust = False,
     augment: Annotated[
         bool, typer.Option("--augment/--no-augment", help="Or train on images as they are in evaluation.")
     ] = True,
@@ -67,7 +64,7 @@ def finetune(
     try:
         with TrainingProgress(main) as progress:
             run(
-                directory if directory.startswith("hf-hub:") else Path(directory),
+                place_of(directory),
                 data_config,
                 output,
                 config=config,

@@ -66,11 +66,13 @@ class Figures:
         self.steps_per_epoch, self.observer = steps_per_epoch, observer
         self.progress = Progress()
         self._pending: list[Tensor] = []
+        self._clock = 0.0
+        self._since = self._epoch_since = (0.0, 0)
 
     def begin(self) -> None:
         """Start the clocks, and tell where the run begins."""
         self._clock = time.perf_counter()
-        self._restart(epoch=True)
+        self.restart_epoch()
         steps = self.config.epochs * self.steps_per_epoch
         self._tell(Begun(self.progress.step, steps, self.steps_per_epoch, self.accelerator.num_processes))
 
@@ -112,7 +114,7 @@ class Figures:
         loss, right = (sum(column) / len(recent) for column in zip(*recent, strict=True))
         self.progress.recent = []
         self._tell(self._measured(lr, loss, right, self._speed(self._since)))
-        self._restart()
+        self._since = (time.perf_counter(), self.progress.step)
 
     def epoch_speed(self) -> float:
         """Images per second of training since the epoch began."""
@@ -135,14 +137,9 @@ class Figures:
         self.progress.seconds += now - self._clock
         self._clock = now
 
-    def _restart(self, epoch: bool = False) -> None:
-        self._since = (time.perf_counter(), self.progress.step)
-        if epoch:
-            self._epoch_since = self._since
-
     def restart_epoch(self) -> None:
         """The time of the validation and of saving is none of the next epoch."""
-        self._restart(epoch=True)
+        self._since = self._epoch_since = (time.perf_counter(), self.progress.step)
 
     def _speed(self, since: tuple[float, int]) -> float:
         """Images per second since a time, at which so many steps were done."""

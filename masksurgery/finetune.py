@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from masksurgery.checkpoint import load, load_base, save, save_base
-from masksurgery.data import DEAD_WORKER, DataConfig, DataError, steps_per_epoch, worker_died
+from masksurgery.data import DataConfig, DataError, explained_death, steps_per_epoch
 from masksurgery.events import Observer
 from masksurgery.identity import describe_run
 from masksurgery.losses import Objective, choose_loss
@@ -84,20 +84,15 @@ def finetune(
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
         check_optimizer(config)
-        objective = _choose_objective(converted, config)
-        parts = open_for_run(data, converted, config, accelerator)
+        objective, trained = _choose_objective(converted, config), _choose_trained(converted, config)
+        outputs = count_outputs(converted)
+        parts = open_for_run(data, converted, outputs, config, accelerator)
         loaders = Loaders.of(converted, parts, config, augmentation, accelerator)
         steps = steps_per_epoch(parts.train, config.batch_size)
-        trained = converted.surgery.output_layers if config.freeze else None
-        if trained == ():
-            raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
         settings = describe_run(module, data, parts, config, augmentation, base_only, accelerator)
-        if accelerator.is_main_process:
-            folder.begin(settings, resume, force)
-        accelerator.wait_for_everyone()
-        state = _read_state(folder, accelerator)
+        state = _begin(folder, settings, resume, force, accelerator)
         if config.log_with:
             accelerator.init_trackers(TRACKERS, _plain(asdict(config)))
         trainer = Trainer(
@@ -110,27 +105,24 @@ def finetune(
             folder,
             save=partial(save_base, recipe=converted.recipe) if base_only else partial(save, force=True),
             state=state,
-            mixup=create_mixup(config, count_outputs(converted)),
+            mixup=create_mixup(config, outputs),
             trained=trained,
             prepare=loaders.recalibrate if config.recalibrate and not base_only else None,
             observer=observer,
         )
-        with _going_on(folder):
+        with _going_on(folder), explained_death():
             trainer.run()
     return folder.path
 
 
 @contextmanager
 def _going_on(folder: RunFolder) -> Iterator[None]:
-    """Errors that a user can put right say that the run can go on; that a worker has died is one of them."""
+    """Errors that a user can put right say that the run can go on."""
     try:
         yield
-    except (CheckpointError, DataError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and DEAD_WORKER not in str(error):
-            raise
-        told = worker_died(error) if isinstance(error, RuntimeError) else error
+    except (CheckpointError, DataError) as error:
         kept = " What was saved before is kept: when that is mended, go on with --resume." if folder.has_state else ""
-        raise type(told)(f"{told}{kept}") from error
+        raise type(error)(f"{error}{kept}") from error
 
 
 def _check_place(output: Path, model: ConvertedModel | str | Path, data: DataConfig) -> None:
@@ -186,8 +178,13 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
 # --- what goes together ----------------------------------------------------------------------------------------------
 
 
-def _read_state(folder: RunFolder, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The state of the run, which every process has to find."""
+def _begin(
+    folder: RunFolder, settings: Mapping[str, Any], resume: bool, force: bool, accelerator: Accelerator
+) -> dict[str, Any] | None:
+    """Begin the run's folder, on the main process; returns its state, which every process has to find."""
+    if accelerator.is_main_process:
+        folder.begin(settings, resume, force)
+    accelerator.wait_for_everyone()
     state = folder.read_state()
     step = torch.tensor([-1 if state is None else state["step"]], device=accelerator.device)
     if len(set(accelerator.gather(step).tolist())) > 1:
@@ -208,6 +205,15 @@ def _choose_objective(model: ConvertedModel, config: FinetuneConfig) -> Objectiv
     if (config.mixup or config.cutmix) and settings.task != "classification":
         raise ConfigError(f"mixup and cutmix mix classes; this model has task={settings.task!r}. Leave them at 0.")
     return Objective(settings.task, loss, settings.class_dim, config.label_smoothing)
+
+
+def _choose_trained(model: ConvertedModel, config: FinetuneConfig) -> tuple[str, ...] | None:
+    """The names of the layers that are trained; None for all."""
+    if not config.freeze:
+        return None
+    if not model.surgery.output_layers:
+        raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
+    return model.surgery.output_layers
 
 
 def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from masksurgery.data import Data, DataConfig, Source, default_workers
+from masksurgery.data import Data, DataConfig, Source, stream_workers
 from masksurgery.training_config import FREE, FREE_OF_DATA, FinetuneConfig
 from masksurgery.transforms import Augmentation
 
@@ -32,8 +32,7 @@ def describe_run(
     found["mixed_precision"] = accelerator.mixed_precision
     if not isinstance(parts.train, Source):  # the order of a stream depends on who reads it
         processes = accelerator.num_processes
-        workers = default_workers() if config.workers is None else config.workers
-        found |= {"processes": processes, "workers": parts.train.usable_workers(workers, processes)}
+        found |= {"processes": processes, "workers": stream_workers(parts.train, config.workers, processes)}
     places = {name: _absolute(getattr(data, name)) for name in ("data", "data_dir", "masks")}
     return {
         "model": _fingerprint(module),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from masksurgery.model import ConvertedModel
-from masksurgery.prediction import Prediction, RegressionPrediction
+from masksurgery.prediction import Prediction, RegressionPrediction, first_prediction
 from masksurgery.transforms import Preprocessing
 from masksurgery.types import ConfigError, MasksurgeryError
 
@@ -241,9 +241,8 @@ def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[Prediction | Re
     """The prediction of each image, in double precision on the CPU."""
     with torch.inference_mode():
         outputs = model(x)
-    kinds = (Prediction, RegressionPrediction)
-    found = [p for p in tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, kinds)) if isinstance(p, kinds)]
-    p = next((p for p in found if isinstance(p, Prediction)), found[0])
+    p = first_prediction(outputs)
+    assert p is not None  # convert refuses a model that has nothing to aggregate
     if isinstance(p, Prediction) and p.mean.dim() != 2:
         raise ConfigError(
             f"predict writes a row for each image; this model returns {list(p.mean.shape)} for {len(x)}. {BY_HAND}"

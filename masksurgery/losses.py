@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from masksurgery.data import IGNORED
-from masksurgery.prediction import CLASS_KEYS, Prediction, RegressionPrediction
+from masksurgery.prediction import CLASS_KEYS, Prediction, RegressionPrediction, first_prediction
 from masksurgery.types import ConfigError, Task
 
 Loss = Literal["cross-entropy", "bce", "mse", "gaussian-nll"]
@@ -143,19 +143,16 @@ class Objective:
         Negative log-likelihoods are in nats: of the members' mixture for classes, of the normal distribution with its
         mean and variance for numbers that have one.
         """
-        found = first_prediction(outputs)
+        found = answered_prediction(outputs)
         if self.loss in ("mse", "gaussian-nll"):
             return self._score_numbers(outputs, found, y)
         x = (found.logits if isinstance(found, Prediction) else answer(outputs)[0]).float()
-        if (isinstance(found, Prediction) and self.class_dim == 1) or self.task == "multilabel":
-            classes = x
-        else:
-            classes = x.movedim(self.class_dim, 1)
         if self.task == "multilabel":
             shares = _like(y, x)
             nll = F.binary_cross_entropy_with_logits(x, shares, reduction="sum")
             count = torch.tensor(x.numel(), device=x.device)
         else:
+            classes = x.movedim(self.class_dim, 1)
             if self.task == "probabilities" and found is None:
                 classes = classes.clamp_min(torch.finfo(classes.dtype).tiny).log()
             log_p = F.log_softmax(classes, 1)
@@ -198,16 +195,13 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def first_prediction(outputs: Any) -> Prediction | RegressionPrediction | None:
+def answered_prediction(outputs: Any) -> Prediction | RegressionPrediction | None:
     """The prediction that is a converted model's answer; None if the outputs are a base model's."""
-    kinds = (Prediction, RegressionPrediction)
-    is_prediction: Callable[[Any], bool] = lambda leaf: isinstance(leaf, kinds)  # noqa: E731
     if isinstance(outputs, Mapping):
         for name in CLASS_KEYS:
-            if isinstance(outputs.get(name), kinds):
+            if isinstance(outputs.get(name), (Prediction, RegressionPrediction)):
                 return outputs[name]
-    found = [leaf for leaf in tree_leaves(outputs, is_leaf=is_prediction) if isinstance(leaf, kinds)]
-    return next((p for p in found if isinstance(p, Prediction)), found[0]) if found else None
+    return first_prediction(outputs)
 
 
 def _ignored(y: Tensor) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -132,6 +133,19 @@ class ConvertedModel(TwoGraphs):
     def head_module(self) -> Head:
         """The module that aggregates the members' outputs."""
         return cast(Head, self._modules[self._names["prediction"]])
+
+
+@contextmanager
+def whole_output(model: nn.Module) -> Iterator[None]:
+    """A converted model returns its predictions inside, whatever it is set to; another model stays as it is."""
+    if not isinstance(model, ConvertedModel):
+        yield
+        return
+    before, model.output = model.output, "prediction"
+    try:
+        yield
+    finally:
+        model.output = before
 
 
 def _check_names(source: nn.Module) -> None:

@@ -56,6 +56,17 @@ ModelKwargs = Annotated[
 ]
 
 
+Directory = Annotated[
+    str, typer.Argument(metavar="DIR", show_default=False, help="A folder that convert wrote, or hf-hub:...")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the function module:factory that the folder names.")]
+
+
+def place_of(directory: str) -> str | Path:
+    """What `load` takes: a repository of the hub only where it is called one."""
+    return directory if directory.startswith("hf-hub:") else Path(directory)
+
+
 def check_settings(
     n: int,
     scale: float,

@@ -55,6 +55,14 @@ for _kind in (Prediction, RegressionPrediction):  # torch.export.save writes the
     pytree._register_namedtuple(_kind, serialized_type_name=f"masksurgery.{_kind.__name__}")
 
 
+def first_prediction(outputs: Any) -> Prediction | RegressionPrediction | None:
+    """The first classification among a converted model's outputs, else the first regression; None without either."""
+    kinds = (Prediction, RegressionPrediction)
+    leaves = pytree.tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    found = [leaf for leaf in leaves if isinstance(leaf, kinds)]
+    return next((p for p in found if isinstance(p, Prediction)), found[0]) if found else None
+
+
 def classification(members: Tensor, class_dim: int, task: Task) -> Prediction:
     """Aggregate the logits of the members.
 

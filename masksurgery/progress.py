@@ -59,7 +59,7 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         if isinstance(event, Begun):
             self._begin(event)
         elif event.val is not None:
-            self._print_epoch(event, event.val)
+            self._print_epoch(event)
         elif self.bar is not None:
             self.bar.update(
                 self.task, completed=event.step, description=self._where(event.step), figures=_figures(event)
@@ -78,7 +78,7 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         epoch = min(step // self.steps_per_epoch + 1, self.epochs)
         return f"epoch {epoch}/{self.epochs}"
 
-    def _print_epoch(self, event: Measured, val: dict[str, float] | object) -> None:
+    def _print_epoch(self, event: Measured) -> None:
         cells = _cells(event)
         if not self.titles:
             self.titles = [title for title in TITLES if title in cells]

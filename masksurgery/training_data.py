@@ -6,15 +6,25 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from masksurgery.data import Batches, Data, DataConfig, Source, eval_batches, open_data, steps_per_epoch, train_batches
+from masksurgery.data import (
+    LISTED,
+    Batches,
+    Data,
+    DataConfig,
+    Source,
+    eval_batches,
+    open_data,
+    steps_per_epoch,
+    train_batches,
+)
 from masksurgery.images import Broken, image_input, preprocessing_of
-from masksurgery.losses import first_prediction
-from masksurgery.model import ConvertedModel
+from masksurgery.losses import answered_prediction
+from masksurgery.model import ConvertedModel, whole_output
 from masksurgery.recalibrate import recalibrate
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.transforms import Augmentation, Transform
@@ -25,18 +35,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LISTED = 20
-"""Broken images that are named one by one."""
-
 RECALIBRATION_IMAGES = 2048
 """Mean and variance over so many images differ from those over all by a few per cent of a standard deviation."""
 
 
-def open_for_run(config: DataConfig, model: ConvertedModel, settings: FinetuneConfig, accelerator: Accelerator) -> Data:
-    """The data, checked by the main process for all of them."""
+def open_for_run(
+    config: DataConfig, model: ConvertedModel, outputs: int, settings: FinetuneConfig, accelerator: Accelerator
+) -> Data:
+    """The data, checked by the main process for all of them, for a model with so many outputs."""
     from accelerate.utils import broadcast_object_list
 
-    outputs = count_outputs(model)
     shape, _ = image_input(model)
     task = model.settings.task
     read = partial(open_data, config, task=task, channels=shape[1], num_classes=outputs, workers=settings.workers)
@@ -63,12 +71,8 @@ def open_for_run(config: DataConfig, model: ConvertedModel, settings: FinetuneCo
 def count_outputs(model: ConvertedModel) -> int:
     """The number of classes, or of numbers, that the model returns for a sample."""
     shape, dtype = image_input(model)
-    before, model.output = model.output, "prediction"
-    try:
-        with torch.no_grad():
-            found = first_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
-    finally:
-        model.output = before
+    with torch.no_grad(), whole_output(model):
+        found = answered_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
     assert found is not None  # an output without a batch dimension is refused by convert
     dim = model.settings.class_dim if model.settings.task != "regression" else 1
     return found.mean.shape[dim] if found.mean.dim() > 1 else 1
@@ -116,19 +120,16 @@ class Loaders:
 
     def train(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         c = self.config
-        batches = train_batches(
-            self.parts.train, self.training, batch_size=c.batch_size, steps=(start, stop), seed=c.seed,
-            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        return _telling(batches)
+        steps: dict[str, Any] = {"batch_size": c.batch_size, "steps": (start, stop), "seed": c.seed}
+        return _telling(train_batches(self.parts.train, self.training, **steps, **self._of_process()))
 
     def val(self) -> Iterator[tuple[Tensor, Tensor]]:
-        c = self.config
-        batches = eval_batches(
-            self.parts.val, self.evaluation, batch_size=c.batch_size // c.accumulate,
-            rank=self.rank, world=self.world, workers=c.workers, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        return _telling(batches)
+        size = self.config.batch_size // self.config.accumulate
+        return _telling(eval_batches(self.parts.val, self.evaluation, batch_size=size, **self._of_process()))
+
+    def _of_process(self) -> dict[str, Any]:
+        pinned = torch.cuda.is_available()
+        return {"rank": self.rank, "world": self.world, "workers": self.config.workers, "pin_memory": pinned}
 
     def recalibrate(self, model: nn.Module) -> None:
         """Re-estimate statistics over training images as they are in evaluation, on one process."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from masksurgery.losses import Objective
-from masksurgery.model import ConvertedModel
+from masksurgery.model import whole_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +41,7 @@ def validate(
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     _share_buffers(model, accelerator)
     model.eval()
-    with torch.no_grad(), _whole_output(model):
+    with torch.no_grad(), whole_output(model):
         for x, y in batches:
             if stop():
                 raise Stopped
@@ -63,17 +62,3 @@ def _share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 broadcast(buffer)
-
-
-@contextmanager
-def _whole_output(model: nn.Module) -> Iterator[None]:
-    """A converted model returns its predictions inside, whatever it is set to."""
-    if not isinstance(model, ConvertedModel):
-        yield
-        return
-    before = model.output
-    model.output = "prediction"
-    try:
-        yield
-    finally:
-        model.output = before

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from masksurgery.data.check import BrokenImage, default_workers
+from masksurgery.data.check import LISTED, BrokenImage, default_workers
 from masksurgery.data.config import DataConfig
-from masksurgery.data.loading import DEAD_WORKER, Batches, eval_batches, steps_per_epoch, train_batches, worker_died
+from masksurgery.data.loading import (
+    Batches,
+    eval_batches,
+    explained_death,
+    steps_per_epoch,
+    stream_workers,
+    train_batches,
+)
 from masksurgery.data.opening import Data, open_data
 from masksurgery.data.pairs import IGNORED
 from masksurgery.data.source import Source
@@ -12,8 +19,8 @@ from masksurgery.data.streams import Stream
 from masksurgery.types import DataError
 
 __all__ = [
-    "DEAD_WORKER",
     "IGNORED",
+    "LISTED",
     "Batches",
     "BrokenImage",
     "Data",
@@ -23,8 +30,9 @@ __all__ = [
     "Stream",
     "default_workers",
     "eval_batches",
+    "explained_death",
     "open_data",
     "steps_per_epoch",
+    "stream_workers",
     "train_batches",
-    "worker_died",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,13 +35,21 @@ from masksurgery.types import ConfigError, DataError
 DEAD_WORKER = "DataLoader worker (pid"
 """What torch's RuntimeError says, which may come anywhere while a process that reads images is dead."""
 
-
 GRACE = 60
 """Seconds that a worker goes on after SIGTERM, for the step that is not yet done."""
 
 
-def worker_died(error: RuntimeError) -> DataError:
-    return DataError(f"A process that reads images has died. If memory is short, use fewer. ({one_line(error)})")
+@contextmanager
+def explained_death() -> Iterator[None]:
+    """That a process that reads images has died becomes a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if DEAD_WORKER not in str(error):
+            raise
+        raise DataError(
+            f"A process that reads images has died. If memory is short, use fewer. ({one_line(error)})"
+        ) from error
 
 
 def steps_per_epoch(source: Source | Stream, batch_size: int) -> int:
@@ -99,7 +108,7 @@ def train_batches(
         loader = _loader(images, workers, seed, pin_memory, sampler=range(start, stop))
         return Batches(loader, stop - start)
     stream = TrainStream(source, transform, local, (start, stop), epoch_steps, seed, rank, world)
-    loader = _loader(stream, _workers_of(source, workers, world), seed, pin_memory)
+    loader = _loader(stream, stream_workers(source, workers, world), seed, pin_memory)
     return Batches(loader, stop - start, source.max_bad)
 
 
@@ -123,7 +132,7 @@ def eval_batches(
         images = _EvalImages(source, transform, positions, local)
         return Batches(_loader(images, workers, 0, pin_memory, sampler=range(len(images))), len(images))
     stream = EvalStream(source, transform, local, rank, world)
-    return Batches(_loader(stream, _workers_of(source, workers, world), 0, pin_memory), None, source.max_bad)
+    return Batches(_loader(stream, stream_workers(source, workers, world), 0, pin_memory), None, source.max_bad)
 
 
 class Batches:
@@ -160,12 +169,8 @@ class Batches:
                 results._shutdown_workers()
 
     def _next(self, results: Iterator[Result]) -> tuple[Batch | None, tuple[Broken, ...]] | None:
-        try:
+        with explained_death():
             result = next(results, None)
-        except RuntimeError as error:
-            if DEAD_WORKER not in str(error):
-                raise
-            raise worker_died(error) from error
         if isinstance(result, DataError):
             raise result
         return result
@@ -249,7 +254,8 @@ def _divide(batch_size: int, rank: int, world: int) -> int:
     return batch_size // world
 
 
-def _workers_of(stream: Stream, workers: int | None, world: int) -> int:
+def stream_workers(stream: Stream, workers: int | None, world: int) -> int:
+    """Processes that read a stream for each of `world` processes."""
     return stream.usable_workers(default_workers() if workers is None else workers, world)
 
 
