@@ -17,6 +17,7 @@ from masksurgery.transforms import Augmentation
 from masksurgery.types import (
     CheckpointError,
     ConfigError,
+    EvaluationError,
     LayoutError,
     MaskError,
     MasksurgeryError,
@@ -39,6 +40,7 @@ __all__ = [
     "ConvertedModel",
     "DataConfig",
     "DataError",
+    "EvaluationError",
     "FinetuneConfig",
     "Interrupted",
     "LayoutError",

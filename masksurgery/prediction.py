@@ -63,14 +63,19 @@ def first_prediction(outputs: Any) -> Prediction | RegressionPrediction | None:
     return next((p for p in found if isinstance(p, Prediction)), found[0]) if found else None
 
 
-def classification(members: Tensor, class_dim: int, task: Task) -> Prediction:
+def classification(members: Tensor, class_dim: int, task: Task, temperature: float = 1.0) -> Prediction:
     """Aggregate the logits of the members.
 
     Args:
         members: [b, n, ...]; for `task="probabilities"` probabilities, which are divided by their sum.
         class_dim: Where the classes are in it, from 2 on; of no meaning for "multilabel".
         task: "classification", "multilabel" or "probabilities".
+        temperature: What the logits (or the logarithms) are divided by.
     """
+    if task == "probabilities":
+        members = members.clamp_min(torch.finfo(members.dtype).tiny).log()
+    if temperature != 1:
+        members = members / temperature
     if task == "multilabel":
         log_p, log_not = F.logsigmoid(members), F.logsigmoid(-members)
         log_mean, log_not_mean = _log_mean(log_p), _log_mean(log_not)
@@ -78,8 +83,6 @@ def classification(members: Tensor, class_dim: int, task: Task) -> Prediction:
         entropy = _entropy(log_mean) + _entropy(log_not_mean)
         expected = (_entropy(log_p) + _entropy(log_not)).mean(1)
     else:
-        if task == "probabilities":
-            members = members.clamp_min(torch.finfo(members.dtype).tiny).log()
         log_p = F.log_softmax(members, class_dim)
         logits = log_mean = _log_mean(log_p)
         entropy = _entropy(log_mean).sum(class_dim - 1)
@@ -123,6 +126,8 @@ class Head(nn.Module):
     Attributes:
         output: "prediction", or the name of a field. "logits" is the mean where there are none. As the only result,
             mean, variance and logits have the base model's dimensions in the base model's order.
+        temperature: Divides the members' logits, before anything is made of them; of a regression it multiplies the
+            standard deviation.
     """
 
     def __init__(
@@ -137,15 +142,18 @@ class Head(nn.Module):
         self.n, self.batch_dims, self.tasks = n, tuple(batch_dims), tuple(tasks)
         self.class_dim, self.heteroscedastic = class_dim, heteroscedastic
         self.output = "prediction"
+        self.temperature = 1.0
 
     def forward(self, outputs: Any, members: Assignment) -> Any:
-        if not members.aggregate:
-            return outputs
+        return self.aggregate(outputs) if members.aggregate else outputs
+
+    def aggregate(self, outputs: Any) -> Any:
+        """What eval returns, of the outputs for all members [n*b, ...]."""
         leaves, spec = pytree.tree_flatten(outputs)
         if self.heteroscedastic:
             dims = cast(tuple[int, int], self.batch_dims)
             mean, log_variance = map(self._by_member, leaves, dims)
-            return self._choose(regression(mean, log_variance), dims[0])
+            return self._choose(self._widen(regression(mean, log_variance)), dims[0])
         found = [self._aggregate(*leaf) for leaf in zip(leaves, self.batch_dims, self.tasks, strict=True)]
         return pytree.tree_unflatten(found, spec)
 
@@ -156,10 +164,13 @@ class Head(nn.Module):
         if not x.is_floating_point():
             return members
         if task == "regression":
-            return self._choose(regression(members), batch_dim)
+            return self._choose(self._widen(regression(members)), batch_dim)
         class_dim = self.class_dim % x.dim()
         class_dim += 2 if class_dim < batch_dim else 1  # the batch moves to dimension 0, the members come to 1
-        return self._choose(classification(members, class_dim, task), batch_dim)
+        return self._choose(classification(members, class_dim, task, self.temperature), batch_dim)
+
+    def _widen(self, p: RegressionPrediction) -> RegressionPrediction:
+        return p if self.temperature == 1 else p._replace(variance=p.variance * self.temperature**2)
 
     def _by_member(self, x: Tensor, batch_dim: int) -> Tensor:
         """[n*b, ...] to [b, n, ...], floating-point numbers in at least float32."""

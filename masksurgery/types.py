@@ -59,6 +59,10 @@ class TrainingError(MasksurgeryError):
     """A training run cannot go on, or not from here."""
 
 
+class EvaluationError(MasksurgeryError):
+    """What a model predicts cannot be evaluated, or nothing can be fitted to it."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the batch and the channels of a tensor are.

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction"),
+    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores"),
     ("tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "candidates", "sites", "rewrite"),
     ("graphs", "part", "model", "macs", "convert"),
@@ -24,10 +24,11 @@ ROWS = (
     ("rebuild", "folders", "restore", "checkpoint"),
     ("images", "transforms", "randomness", "stopping", "data"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
-    ("optimisation", "validation", "trainer"),
-    ("hub", "pack", "finetune", "evaluate", "report", "export", "keras"),
+    ("metrics", "calibration", "corruptions", "evaluation"),
+    ("optimisation", "validation", "trainer", "subjects", "galleries"),
+    ("hub", "pack", "finetune", "evaluate", "plots", "report", "demo", "export", "keras"),
     ("__init__",),
-    ("options", "settings_options", "tables", "progress", "cli_finetune", "cli", "__main__"),
+    ("options", "settings_options", "tables", "progress", "cli_finetune", "cli_evaluate", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
 TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory", "adapt"}
