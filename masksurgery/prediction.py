@@ -170,7 +170,10 @@ class Head(nn.Module):
         return self._choose(classification(members, class_dim, task, self.temperature), batch_dim)
 
     def _widen(self, p: RegressionPrediction) -> RegressionPrediction:
-        return p if self.temperature == 1 else p._replace(variance=p.variance * self.temperature**2)
+        """A temperature is fitted to the answer: where that is a classification, other outputs stay as they are."""
+        if self.temperature == 1 or set(self.tasks) != {"regression"}:
+            return p
+        return p._replace(variance=p.variance * self.temperature**2)
 
     def _by_member(self, x: Tensor, batch_dim: int) -> Tensor:
         """[n*b, ...] to [b, n, ...], floating-point numbers in at least float32."""
