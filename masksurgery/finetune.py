@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from masksurgery.identity import describe_run
 from masksurgery.losses import Objective, choose_loss
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
+from masksurgery.processes import accelerated, require
 from masksurgery.runs import TRACKERS, RunFolder
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FinetuneConfig
@@ -31,11 +31,6 @@ from masksurgery.types import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-PATIENCE = timedelta(hours=2)
-"""How long processes wait for the main one, which reads every image once; by default 10 minutes with NCCL."""
-
-INSTALL = 'Fine-tuning runs on Hugging Face Accelerate, which is not installed: pip install "masksurgery[train]".'
 
 
 def finetune(
@@ -133,16 +128,11 @@ def _check_place(output: Path, model: ConvertedModel | str | Path, data: DataCon
             raise ConfigError(f"{output} is what the run reads from. Pass another folder for what it writes.")
 
 
-# --- Accelerate ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]:
-    """Accelerate for one run; what it keeps for the process is given back, if nobody had asked for it before."""
-    if find_spec("accelerate") is None:
-        raise ConfigError(INSTALL)
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
+    """Accelerate as the settings say, with its trackers."""
+    require("accelerate", "train", "Fine-tuning")
+    from accelerate import DistributedDataParallelKwargs
     from accelerate.utils import LoggerType
 
     known = [str(kind.value) for kind in LoggerType if kind is not LoggerType.ALL]
@@ -151,28 +141,18 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
             raise ConfigError(f"log_with={name!r} is no tracker of Accelerate. Pass some of {', '.join(known)}.")
         if find_spec(name) is None:
             raise ConfigError(f"log_with={name!r} needs a package that is not installed: pip install {name}.")
-    fresh = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulate,
-            log_with=list(config.log_with) or None,
-            project_dir=project,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
-    except ValueError as error:  # such as fp16 on a device without it
-        raise ConfigError(f"Accelerate cannot be set up: {error}") from error
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.free_memory()
-        if fresh:
-            AcceleratorState._reset_state()
+    with accelerated(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=list(config.log_with) or None,
+        project_dir=project,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+    ) as accelerator:
+        try:
+            yield accelerator
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 # --- what goes together ----------------------------------------------------------------------------------------------

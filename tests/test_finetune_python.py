@@ -417,6 +417,6 @@ def test_base_only_needs_a_folder(images: Path, converted: Path, tmp_path: Path)
 
 
 def test_without_accelerate(images: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'not installed: pip install "masksurgery\[train\]"'):
+    monkeypatch.setattr("masksurgery.processes.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'Fine-tuning needs accelerate, .*: pip install "masksurgery\[train\]"'):
         finetune(converted, images, tmp_path / "run")

@@ -22,7 +22,7 @@ ROWS = (
     ("graphs", "part", "model", "macs", "convert"),
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),
     ("rebuild", "folders", "restore", "checkpoint"),
-    ("images", "transforms", "randomness", "stopping", "data"),
+    ("images", "transforms", "randomness", "stopping", "processes", "data"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation"),
     ("optimisation", "validation", "trainer", "subjects", "galleries"),
