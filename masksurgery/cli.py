@@ -1,4 +1,4 @@
-"""The command line: `masksurgery inspect`, `convert`, `finetune` and `predict`."""
+"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from masksurgery.cli_evaluate import demo, evaluate
 from masksurgery.cli_finetune import finetune
 from masksurgery.options import (
     After,
@@ -47,7 +48,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes leave too little of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo)
 app.command()(finetune)
+app.command()(evaluate)
 
 
 def main() -> None:
