@@ -179,9 +179,9 @@ def test_files_of_rows(tmp_path: Path) -> None:
     ]
     write_csv(rows, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text().splitlines() == [
-        "path,rank,index,label,mean,std,entropy,mutual_information",
-        'a.png,1,3,"crane, bird",0.5,nan,0.7,0.1',
-        "b.png,1,0,x,1,2,,",
+        "path,rank,index,label,mean,std,entropy,mutual_information,unsure",
+        'a.png,1,3,"crane, bird",0.5,nan,0.7,0.1,',
+        "b.png,1,0,x,1,2,,,",
     ]
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigError, match=r"folder.csv' cannot be written: Is a directory"):
