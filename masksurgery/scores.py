@@ -89,4 +89,4 @@ class Threshold:
             ConfigError: The score is none of a regression.
         """
         self.check_task("regression" if isinstance(p, RegressionPrediction) else task)
-        return image_scores(p, task, class_dim)[self.score] > self.limit
+        return ~(image_scores(p, task, class_dim)[self.score] <= self.limit)  # what is no number is unsure too

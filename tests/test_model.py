@@ -243,6 +243,14 @@ def test_unsure_is_what_the_score_says(task: Any) -> None:
         assert torch.equal(unsure, values < middle if score == "max_probability" else values > middle)
 
 
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_what_is_no_number_is_unsure(task: Any) -> None:
+    model, x = four_classes(task=task), numbers()
+    x[2] = math.nan
+    model.threshold = Threshold("variance", 1e9)
+    assert model.unsure(model(x)).tolist() == [k == 2 for k in range(7)]
+
+
 def test_unsure_where_the_batch_is_not_first() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
