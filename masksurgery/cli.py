@@ -239,7 +239,8 @@ def predict(
     """Predict images, and say how sure each prediction is.
 
     For each label a mean and a standard deviation over the members, for each image the entropy and the mutual
-    information in nats. Exit status 1 if an image could not be read.
+    information in nats. Where the model has a threshold, an image that it is not sure enough of is "unsure"; what the
+    answer would have been stands in brackets. Exit status 1 if an image could not be read.
     """
     from masksurgery.checkpoint import load
     from masksurgery.images import Broken, find_images, predict_images, write_csv, write_json

@@ -39,7 +39,9 @@ def evaluate(
             help="As for finetune, with the same options: the part that finetune validates on is evaluated.",
         ),
     ],
-    report: Annotated[Path | None, _output("--report", "Write a report with figures and images: one HTML file.")] = None,
+    report: Annotated[
+        Path | None, _output("--report", "Write a report with figures and images: one HTML file.")
+    ] = None,
     json_file: Annotated[Path | None, _output("--json", "Write as JSON.")] = None,
     csv_file: Annotated[Path | None, _output("--csv", "Write as CSV.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All images, where there is no validation part.")] = False,

@@ -21,6 +21,7 @@ from masksurgery.types import ConfigError, Task
 if TYPE_CHECKING:
     from masksurgery.evaluator import Observer
 
+
 def evaluate(
     models: Sequence[str | Path | nn.Module] | str | Path | nn.Module,
     data: DataConfig,

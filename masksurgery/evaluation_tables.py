@@ -30,7 +30,10 @@ def evaluation_tables(evaluation: Evaluation) -> RenderableType:
     for models in _chunks(evaluation.models, SIDE_BY_SIDE):
         parts.append(figures_table(models))
     for name, images in evaluation.ood.items():
-        parts += [Text(f"\nOut of distribution: {name}, {images} images", style="bold"), detection_table(evaluation, name)]
+        parts += [
+            Text(f"\nOut of distribution: {name}, {images} images", style="bold"),
+            detection_table(evaluation, name),
+        ]
     if any(model.corruption for model in evaluation.models):
         key = next(name for name in ("accuracy", "miou", "rmse") if name in evaluation.models[0].figures)
         key = "miou" if evaluation.segmentation else key

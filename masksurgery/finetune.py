@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from masksurgery.types import CheckpointError, ConfigError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 
 def finetune(
     model: ConvertedModel | str | Path,
@@ -51,6 +54,8 @@ def finetune(
     Beside it stand the last one (`last`), the figures (`metrics.csv`) and the state that `resume` goes on from. On CPU
     a run that was killed and resumed ends with bitwise the weights of one that was not. Every process of
     `accelerate launch` calls this.
+
+    A temperature and a threshold were fitted to the weights before: the result has none, until they are fitted again.
 
     Args:
         model: A converted model, which is not changed, or a folder that `save` wrote.
@@ -78,6 +83,8 @@ def finetune(
     _check_place(folder.path, model, data)
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
+        if not base_only:
+            _forget_fitted(converted, accelerator)
         check_optimizer(config)
         objective, trained = _choose_objective(converted, config), _choose_trained(converted, config)
         outputs = count_outputs(converted)
@@ -194,6 +201,17 @@ def _choose_trained(model: ConvertedModel, config: FinetuneConfig) -> tuple[str,
     if not model.surgery.output_layers:
         raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
     return model.surgery.output_layers
+
+
+def _forget_fitted(model: ConvertedModel, accelerator: Accelerator) -> None:
+    """Take away what was fitted to the weights that are about to change."""
+    if model.head_module.temperature == 1 and model._threshold is None:
+        return
+    model.temperature, model.threshold = 1.0, None
+    if accelerator.is_main_process:
+        logger.warning(
+            "the fitted temperature and threshold are of the weights before; fit them again with masksurgery evaluate"
+        )
 
 
 def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
