@@ -35,8 +35,8 @@ def item_scores(p: Prediction | RegressionPrediction, task: Task, class_dim: int
         logits, variance = p.logits.double(), 2 * p.variance.double()  # that of yes and that of no
         unsure = torch.sigmoid(-logits.abs())
     else:
-        unsure = -torch.expm1(p.logits.double().amax(class_dim))
-        variance = p.variance.double().sum(class_dim)
+        unsure = -torch.expm1(p.logits.amax(class_dim).double())
+        variance = p.variance.sum(class_dim, dtype=torch.float64)
     return {
         "max_probability": unsure.clamp_min(0),
         "entropy": p.entropy.double(),
