@@ -26,7 +26,7 @@ ROWS = (
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation"),
     ("optimisation", "validation", "trainer", "subjects", "galleries"),
-    ("hub", "pack", "finetune", "evaluate", "plots", "report", "demo", "export", "keras"),
+    ("hub", "pack", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
     ("__init__",),
     ("options", "settings_options", "tables", "progress", "cli_finetune", "cli_evaluate", "cli", "__main__"),
 )
