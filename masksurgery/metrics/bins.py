@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def bin_index(u: Tensor) -> Tensor:
     return ((u.double().view(torch.int64) >> _SHIFT) - _FIRST).clamp(0, BINS - 1)
 
 
-def bin_edges() -> Tensor:
+def bin_edges() -> np.ndarray:
     """Where the bins begin, float64 [BINS + 1]: bin i holds the scores from edges[i] to below edges[i + 1]."""
-    edges = ((torch.arange(BINS + 1) + _FIRST) << _SHIFT).view(torch.float64)
+    edges = ((np.arange(BINS + 1, dtype=np.int64) + _FIRST) << _SHIFT).view(np.float64)
     edges[0] = 0.0
     return edges
 

@@ -69,7 +69,7 @@ def histograms(sets: Mapping[str, RankedScores], bins: int = 40) -> dict[Score, 
     Raises:
         EvaluationError: One of the sets holds no images.
     """
-    edges = bin_edges().numpy()
+    edges = bin_edges()
     found: dict[Score, dict[str, Histogram]] = {}
     for score in _common(*sets.values()):
         counts = {name: ranked.counted(score) for name, ranked in sets.items()}

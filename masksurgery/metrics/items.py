@@ -55,22 +55,10 @@ def class_items(p: Prediction, y: Tensor, class_dim: int, segmentation: bool, de
         segmentation: IGNORED is no class.
         detail: With `brier` and `members`.
     Raises:
-        EvaluationError: y is not of the shape of p without its classes, or holds what is no class.
+        EvaluationError: As `known_classes`.
     """
     dim = class_dim % p.logits.dim()
-    k = p.logits.shape[dim]
-    shape = p.logits.shape[:dim] + p.logits.shape[dim + 1 :]
-    if y.shape != shape or y.is_floating_point():
-        raise EvaluationError(
-            f"The targets are {_dtype(y)} {tuple(y.shape)}, the predictions {tuple(p.logits.shape)} with {k} classes "
-            f"in dimension {dim}. Targets have to be the indices of classes {tuple(shape)}."
-        )
-    known = y != IGNORED if segmentation else torch.ones_like(y, dtype=torch.bool)
-    if bad := int((((y < 0) | (y >= k)) & known).sum()):
-        raise EvaluationError(
-            f"{bad} of {y.numel()} targets are no class: they go from {int(y[known].min())} to {int(y[known].max())}, "
-            f"the model has the classes 0 to {k - 1}. Evaluate it on the data it was trained for."
-        )
+    known = known_classes(p, y, dim, segmentation)
     truth = torch.where(known, y, 0).long()
     predicted = p.logits.argmax(dim)
 
@@ -93,13 +81,9 @@ def label_items(p: Prediction, y: Tensor, segmentation: bool, detail: bool) -> I
     """The items of a multi-label task: each label of each image, a yes or a no. Arguments as for `class_items`.
 
     Raises:
-        EvaluationError: y holds something other than 0 and 1.
-        ConfigError: y has another number of labels.
+        EvaluationError, ConfigError: As `known_labels`.
     """
-    y = match_targets(y, p.logits)
-    known = y != IGNORED if segmentation else torch.ones_like(y, dtype=torch.bool)
-    if bad := int((((y != 0) & (y != 1)) & known).sum()):
-        raise EvaluationError(f"{bad} of {y.numel()} targets are neither 0 nor 1, as each label has to be.")
+    y, known = known_labels(p, y, segmentation)
     truth, predicted = y == 1, p.logits > 0
     logits = p.logits.double()
     nll = -F.logsigmoid(torch.where(truth, logits, -logits))
@@ -116,10 +100,6 @@ def _share(hit: Tensor, of: Tensor) -> Tensor:
     """For each image, float64 [b]."""
     hits, total = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in (hit, of))
     return hits.double() / total.double()
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
 
 
 # --- what comes in ---------------------------------------------------------------------------------------------------
@@ -142,6 +122,46 @@ def check_numbers(p: Prediction | RegressionPrediction, y: Tensor) -> None:
         )
     if bad := int(_bad(y, regression).sum()):
         raise EvaluationError(f"The targets of {bad} of {len(y)} images in a batch are {what}. Leave these images out.")
+
+
+def known_classes(p: Prediction, y: Tensor, dim: int, segmentation: bool) -> Tensor:
+    """Which targets count, bool [b, ...]: all, of a segmentation those that are not IGNORED.
+
+    Args:
+        p: With k classes in dimension `dim`, at least 0.
+        y: Classes [b, ...].
+    Raises:
+        EvaluationError: y is not of the shape of p without its classes, or holds what is no class.
+    """
+    k = p.logits.shape[dim]
+    shape = p.logits.shape[:dim] + p.logits.shape[dim + 1 :]
+    if y.shape != shape or y.is_floating_point():
+        raise EvaluationError(
+            f"The targets are {str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}, the predictions "
+            f"{tuple(p.logits.shape)} with {k} classes in dimension {dim}. Targets have to be the indices of classes "
+            f"{tuple(shape)}."
+        )
+    known = y != IGNORED if segmentation else torch.ones_like(y, dtype=torch.bool)
+    if bad := int((((y < 0) | (y >= k)) & known).sum()):
+        raise EvaluationError(
+            f"{bad} of {y.numel()} targets are no class: they go from {int(y[known].min())} to {int(y[known].max())}, "
+            f"the model has the classes 0 to {k - 1}. Evaluate it on the data it was trained for."
+        )
+    return known
+
+
+def known_labels(p: Prediction, y: Tensor, segmentation: bool) -> tuple[Tensor, Tensor]:
+    """The labels in the shape of p.logits, and which of them count, see `known_classes`.
+
+    Raises:
+        EvaluationError: y holds something other than 0 and 1.
+        ConfigError: y has another number of labels.
+    """
+    y = match_targets(y, p.logits)
+    known = y != IGNORED if segmentation else torch.ones_like(y, dtype=torch.bool)
+    if bad := int((((y != 0) & (y != 1)) & known).sum()):
+        raise EvaluationError(f"{bad} of {y.numel()} targets are neither 0 nor 1, as each label has to be.")
+    return y, known
 
 
 def _bad(x: Tensor, infinite: bool) -> Tensor:

@@ -64,7 +64,7 @@ def crps_of_normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
     Shape:
         All three and the result [m].
     Source:
-        Gneiting and Raftery 2007, Journal of the American Statistical Association 102, equation 21.
+        Gneiting and Raftery 2007, Journal of the American Statistical Association 102, section 4.2.
     """
     deviation = variance.sqrt()
     z = (y - mean) / deviation
@@ -83,7 +83,7 @@ def crps_of_members(members: Tensor, y: Tensor) -> Tensor:
     Shape:
         members [m, n]; y and the result [m].
     Source:
-        Gneiting and Raftery 2007, equation 20.
+        Gneiting and Raftery 2007, section 4.2.
     """
     n = members.shape[1]
     x = members.sort(1).values
