@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from masksurgery import plots
 from masksurgery.evaluation import DETECTION, METRICS, Curve, Evaluation, Histogram, Metric, ModelEvaluation, Reliability
 
 SCORES: Mapping[str, str] = {
-    "max_probability": "1 − max probability",
+    "max_probability": "max probability",
     "entropy": "entropy",
     "mutual_information": "mutual information",
     "variance": "variance",
 }
-"""The scores as they are drawn: larger is less sure."""
+"""The scores by their titles."""
 
-UNITS: Mapping[str, str] = {"entropy": "nats", "mutual_information": "nats"}
+AXES = {
+    **SCORES,
+    "max_probability": "1 − max probability",
+    "entropy": "entropy (nats)",
+    "mutual_information": "mutual information (nats)",
+}
+"""What is drawn of them: larger is less sure."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,6 @@ class Group:
     """Panels that belong together."""
 
     title: str
-    text: str
     panels: tuple[Panel, ...]
 
 
@@ -141,12 +146,11 @@ def detection_groups(evaluation: Evaluation, data: str) -> tuple[Group, ...]:
         panels = [*_histograms(evaluation, data, score, f"{number}-{score}")]
         panels += _roc(evaluation, data, score, f"{number}-{score}")
         if panels:
-            groups.append(Group(title, "", tuple(panels)))
+            groups.append(Group(title, tuple(panels)))
     return tuple(groups)
 
 
 def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[Panel]:
-    unit = f" ({UNITS[score]})" if score in UNITS else ""
     legend = (Key("known", evaluation.data), Key("unknown", data))
     for k, model in enumerate(evaluation.models):
         sets = model.histograms.get(score, {})
@@ -155,8 +159,8 @@ def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Ite
             continue
         overlap = sum(map(min, known.shares, unknown.shares)) if known.edges == unknown.edges else math.nan
         text = f"The two overlap by {write_number(overlap, True)}." if _is_number(overlap) else ""
-        label = f"Histograms of the {SCORES[score]} of {model.name}, in and out of distribution. {text}"
-        svg = plots.draw_histograms(f"histogram-{name}-{k}", label, known, unknown, SCORES[score] + unit)
+        label = f"Histograms of the {AXES[score]} of {model.name}, in and out of distribution. {text}"
+        svg = plots.draw_histograms(f"histogram-{name}-{k}", label, known, unknown, AXES[score])
         yield Panel(model.name, svg, text, legend)
 
 
@@ -188,18 +192,23 @@ def detection_sets(evaluation: Evaluation) -> tuple[str, ...]:
 
 
 def corruption_groups(evaluation: Evaluation) -> tuple[Group, ...]:
-    """For each metric a drawing of each kind of corruption, all with the same axis."""
-    kinds = list(dict.fromkeys(kind for model in evaluation.models for kind in model.corruption))
+    """For each kind of corruption a drawing of each metric; those of a metric have the same axis."""
+    kinds = dict.fromkeys(kind for model in evaluation.models for kind in model.corruption)
     groups = []
-    for name, metric in METRICS.items():
-        lines = {kind: _severities(evaluation, kind, name) for kind in kinds}
-        values = [y for of_kind in lines.values() for line in of_kind.values() for y in line if _is_number(y)]
-        if not values:
-            continue
-        top = 1.02 if metric.percent else 1.06 * max(values) or 1
-        panels = [_corruption(evaluation, kind, name, lines[kind], top) for kind in kinds if lines[kind]]
-        groups.append(Group(metric.title, metric.text, tuple(panels)))
+    for kind in kinds:
+        panels = [
+            _corruption(evaluation, kind, name, lines, _end_of_axis(evaluation, kinds, name))
+            for name in METRICS
+            if (lines := _severities(evaluation, kind, name))
+        ]
+        if panels:
+            groups.append(Group(kind.capitalize(), tuple(panels)))
     return tuple(groups)
+
+
+def _end_of_axis(evaluation: Evaluation, kinds: Iterable[str], name: str) -> float:
+    lines = [line for kind in kinds for line in _severities(evaluation, kind, name).values()]
+    return 1.02 if METRICS[name].percent else plots.end_of_axis(lines)
 
 
 def _severities(evaluation: Evaluation, kind: str, name: str) -> dict[int, list[float]]:
@@ -219,7 +228,7 @@ def _corruption(evaluation: Evaluation, kind: str, name: str, lines: Mapping[int
     last = max(map(len, lines.values())) - 1
     label = f"{metric.title} under {kind}. At severity {last}: {_listed(keys)}"
     svg = plots.draw_severities(f"{name}-{kind}", label, lines, metric.title, metric.percent, top)
-    return Panel(kind.capitalize(), svg, f"The figures beside the names are those at severity {last}.", keys)
+    return Panel(metric.title, svg, metric.text, keys)
 
 
 def _listed(keys: Sequence[Key]) -> str:

@@ -76,7 +76,7 @@ def draw_reliability(name: str, label: str, found: Reliability, *, levels: bool 
     """
 
     def paint(figure: Figure) -> None:
-        upper = _axes(figure, bottom=52 if levels else 116)
+        upper = _axes(figure, bottom=46 if levels else 122)
         upper.plot([0, 1], [0, 1], color=_SENTINELS["muted"], dashes=(4, 3), linewidth=1)
         pairs = zip(map(_number, found.confidence), map(_number, found.accuracy), strict=True)
         points = [(x, y) for x, y in pairs if math.isfinite(x + y)]
@@ -113,7 +113,7 @@ def draw_risk_coverage(
         for k, (coverage, risk) in points.items():
             axes.plot(coverage, risk, "o", markersize=11, markerfacecolor="none", markeredgewidth=1.8,
                       markeredgecolor=_SENTINELS[series(k).role], zorder=4)  # fmt: skip
-        axes.set(xlim=(0, 1.01), ylim=(0, _top([c.y for c in curves.values()] + [(y,) for _, y in points.values()])))
+        axes.set(xlim=(0, 1.01), ylim=(0, end_of_axis([c.y for c in curves.values()] + [(y,) for _, y in points.values()])))
         _label(axes, "coverage", "error" if percent else "squared error", percent="xy" if percent else "x")
 
     return _svg(name, label, 260, paint)
@@ -129,7 +129,7 @@ def draw_histograms(name: str, label: str, known: Histogram, unknown: Histogram,
         axes.stairs(shares[0], known.edges, fill=True, color=known_color, alpha=0.35)
         axes.stairs(shares[0], known.edges, color=known_color, linewidth=1.2)
         axes.stairs(shares[1], unknown.edges, color=unknown_color, linewidth=2, linestyle=(0, (3, 1.2)))
-        axes.set(xlim=(known.edges[0], known.edges[-1]), ylim=(0, _top(shares)))
+        axes.set(xlim=(known.edges[0], known.edges[-1]), ylim=(0, end_of_axis(shares)))
         _label(axes, score, "share of images", percent="y")
 
     return _svg(name, label, 240, paint)
@@ -215,20 +215,20 @@ def _style() -> dict[str, Any]:
 
 def _axes(figure: Figure, bottom: float = 46, height: float | None = None) -> Axes:
     """Axes with the same margins in all figures, so that those of a row are in line; the title stands above them."""
-    left, right, top, whole = 46, 14, 28, figure.get_figheight() * 72
+    left, right, top, whole = 46, 20, 30, figure.get_figheight() * 72
     height = whole - bottom - top if height is None else height
     return figure.add_axes((left / WIDTH, bottom / whole, (WIDTH - left - right) / WIDTH, height / whole))
 
 
 def _label(axes: Axes, below: str, above: str, percent: str) -> None:
     """Name the axes, and write those named in `percent` as percents."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(below)
-    axes.set_title(above, x=-0.12)
+    axes.set_title(above, x=-0.12, pad=9)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.axis_name in percent:
-            axis.set_major_formatter(PercentFormatter(1))
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         if axis.get_major_locator().__class__.__name__ == "AutoLocator":
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
@@ -263,6 +263,6 @@ def _number(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.nan
 
 
-def _top(lines: Iterable[Iterable[float]]) -> float:
+def end_of_axis(lines: Iterable[Iterable[float]]) -> float:
     """A little above the largest number."""
     return 1.06 * max((y for line in lines for y in line if math.isfinite(y)), default=1.0) or 1.0
