@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from masksurgery.convert import build
-from masksurgery.folders import SavedModel, check_masks, check_replaceable
+from masksurgery.factory import Recipe, from_recipe
+from masksurgery.folders import SavedModel, check_masks, check_replaceable, find_folder
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import check_temperature
 from masksurgery.rebuild import describe, plain_cfg
-from masksurgery.record import read_record
-from masksurgery.restore import restore_base, restore_draft
+from masksurgery.record import read_object, read_record
+from masksurgery.restore import as_tuples, restore_base, restore_draft
 from masksurgery.scores import Threshold
 from masksurgery.types import CheckpointError, ConfigError, MasksurgeryError
-from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, replace_file, write_folder
+from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, load_weights, replace_file, write_folder
 
 
 def save(model: ConvertedModel, directory: str | Path, *, force: bool = False) -> Path:
@@ -128,7 +129,7 @@ def load_base(
 
 
 def save_base(model: nn.Module, directory: str | Path, recipe: Mapping[str, Any] | None) -> Path:
-    """Save a base model as timm writes models for the hub: `timm.create_model("local-dir:...")` reads it.
+    """Save a base model as timm writes models for the hub: `read_base` reads it, and timm as "local-dir:...".
 
     Args:
         model: A base model.
@@ -146,10 +147,65 @@ def save_base(model: nn.Module, directory: str | Path, recipe: Mapping[str, Any]
     arguments = {k: x for k, x in recipe.get("kwargs", {}).items() if k not in ("pretrained_cfg", "num_classes")}
     config = {
         "architecture": cfg.get("architecture") or recipe.get("name"),
-        "num_classes": cfg.get("num_classes"),
+        "num_classes": recipe.get("kwargs", {}).get("num_classes", cfg.get("num_classes")),
         "model_args": arguments,
         "pretrained_cfg": cfg,
+        "recipe": recipe or None,  # timm does not look at it
     }
     text = json.dumps(config, indent=2)
     write_folder(folder, tensors, text, hashlib.sha256(text.encode("utf-8")).hexdigest()[:16])
     return folder
+
+
+def read_base(directory: str | Path, *, trust: bool = False) -> nn.Module:
+    """Read a base model that `save_base` wrote, or timm for the hub: its safetensors, strictly, and never a pickle.
+
+    Args:
+        directory: As `load` takes it.
+        trust: Import and run the user's own factory that the folder names. Only for folders that you wrote yourself.
+    Returns:
+        The model in eval mode, with its pretrained_cfg.
+    Raises:
+        CheckpointError: Names the file, and what is missing or wrong.
+    """
+    folder = find_folder(directory)
+    path = folder / CONFIG
+    content = read_object(path)
+    recipe, cfg = _read_recipe(content, path)
+    if recipe.source == "factory" and not trust:
+        raise CheckpointError(
+            f"{path}: 'recipe' names a function of the user's, '{recipe.name}', which is not run unasked. Pass "
+            f"trust=True if you wrote this folder."
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: there is no such file, and weights of other kinds are not read. Write the folder "
+            f"with safe_serialization=True (timm's save_for_hf)."
+        )
+    try:
+        model = from_recipe(recipe)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: the model cannot be made: {error}") from error
+    load_weights(model, folder / WEIGHTS)
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
+    return model
+
+
+def _read_recipe(content: dict[str, Any], path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """How the model of such a folder is made, and its pretrained_cfg."""
+    cfg = content.get("pretrained_cfg")
+    cfg = {key: as_tuples(value) for key, value in (cfg if isinstance(cfg, dict) else content).items()}
+    names = ("architecture", "num_classes", "label_names", "label_descriptions")  # timm writes these one level up
+    cfg |= {key: as_tuples(content[key]) for key in names if content.get(key) is not None}
+    try:
+        if content.get("recipe") is not None:
+            return Recipe.from_dict(content["recipe"]), cfg
+        if not isinstance(cfg.get("architecture"), str):
+            raise ConfigError("'architecture' is missing, so nothing here says how to make the model. Pass it itself.")
+        arguments = content.get("model_args") or {}
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"'model_args' is {arguments!r}, not an object. Take another copy of the folder.")
+        arguments = {"pretrained_cfg": cfg, **arguments}
+        return Recipe.from_dict({"source": "timm", "name": cfg["architecture"], "kwargs": arguments}), cfg
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -12,6 +12,7 @@ import typer
 from masksurgery.data import DataConfig
 from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.options import Task, Trust
+from masksurgery.processes import require
 from masksurgery.settings_options import pick, with_settings
 from masksurgery.types import ConfigError
 
@@ -60,11 +61,11 @@ def evaluate(
     from masksurgery import evaluate as run
     from masksurgery.evaluation_tables import evaluation_tables
     from masksurgery.progress import Steps
-    from masksurgery.report import check_report, write_report
+    from masksurgery.report import write_report
     from masksurgery.tables import out
 
     if report is not None:
-        check_report()
+        _check_report()
     main = os.environ.get("RANK", "0") == "0"  # as the launchers of torch and Accelerate set it
     with Steps(main) as steps:
         found = run(
@@ -94,6 +95,12 @@ def check_files(*files: Path | None) -> None:
             raise ConfigError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
 
 
+def _check_report() -> None:
+    """Raise a ConfigError unless a report can be written."""
+    for package in ("jinja2", "matplotlib"):
+        require(package, "evaluate", "A report")
+
+
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images, the models and the report.")
@@ -107,10 +114,10 @@ def demo(
     from masksurgery.demo import Demo
     from masksurgery.evaluation_tables import evaluation_tables
     from masksurgery.progress import Steps
-    from masksurgery.report import check_report, write_report
+    from masksurgery.report import write_report
     from masksurgery.tables import out
 
-    check_report()
+    _check_report()
     with Steps() as steps:
         run = Demo(output, seed)
         found = run.run(say=steps.say, observer=steps)

@@ -27,8 +27,7 @@ def evaluation_tables(evaluation: Evaluation) -> RenderableType:
     """All figures: of the models side by side, of each set of unknown data, and under corruption."""
     fitted = f", {evaluation.fitted_on} more to fit on" if evaluation.fitted_on else ""
     parts: list[RenderableType] = [Text(f"{evaluation.data}: {evaluation.images} images{fitted}", style="bold")]
-    for models in _chunks(evaluation.models, SIDE_BY_SIDE):
-        parts.append(figures_table(models))
+    parts += map(figures_table, _chunks(evaluation.models, SIDE_BY_SIDE))
     for name, images in evaluation.ood.items():
         parts += [
             Text(f"\nOut of distribution: {name}, {images} images", style="bold"),

@@ -19,6 +19,7 @@ from masksurgery.checkpoint import load, load_base, save, save_base
 from masksurgery.data import DataConfig, DataError, explained_death, steps_per_epoch
 from masksurgery.events import Observer
 from masksurgery.identity import describe_run
+from masksurgery.images import preprocessing_of
 from masksurgery.losses import Objective, choose_loss
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
@@ -27,7 +28,7 @@ from masksurgery.runs import TRACKERS, RunFolder
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.training_data import Loaders, count_outputs, open_for_run
-from masksurgery.transforms import Augmentation
+from masksurgery.transforms import Augmentation, Preprocessing
 from masksurgery.types import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def finetune(
         steps = steps_per_epoch(parts.train, config.batch_size)
         module: nn.Module = load_base(model, trust=trust) if base_only else converted  # type: ignore[arg-type]
         _set_classes(module, parts.classes)
+        if base_only:
+            _set_images(module, preprocessing_of(converted))
         settings = describe_run(module, data, parts, config, augmentation, base_only, accelerator)
         state = _begin(folder, settings, resume, force, accelerator)
         if config.log_with:
@@ -220,4 +223,12 @@ def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:
         return
     cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "num_classes": len(classes), "label_names": classes}
     cfg.pop("label_descriptions", None)
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
+
+
+def _set_images(model: nn.Module, prepared: Preprocessing) -> None:
+    """Say in timm's words which images a base model was trained on: the size may be that of a conversion."""
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **prepared.config}
+    for name in ("test_input_size", "test_crop_pct"):  # of the weights before, not validated here
+        cfg.pop(name, None)
     model.pretrained_cfg = cfg  # type: ignore[assignment]

@@ -15,13 +15,15 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from masksurgery.convert import default_inputs
+from masksurgery.inputs import describe
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Prediction, RegressionPrediction, first_prediction
 from masksurgery.transforms import Preprocessing
-from masksurgery.types import ConfigError, MasksurgeryError
+from masksurgery.types import ConfigError, MasksurgeryError, TraceError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCH_SIZE = 16
@@ -181,31 +183,48 @@ class Reader:
         return x
 
 
-def preprocessing_of(model: ConvertedModel) -> Preprocessing:
-    """The size, channels and dtype of the model's example inputs, and the rest of its pretrained_cfg.
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The size, channels and dtype of the images that the model takes, and the rest of its pretrained_cfg.
 
     Raises:
-        ConfigError: The model takes something else than one image.
+        ConfigError: The model takes something else than one image, or does not say what.
     """
     shape, dtype = image_input(model)
     return Preprocessing(shape[1:], getattr(torch, dtype), pretrained_cfg(model))
 
 
-def pretrained_cfg(model: ConvertedModel) -> Mapping[str, Any]:
+def pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, Mapping) else {}
 
 
-def image_input(model: ConvertedModel) -> tuple[list[int], str]:
-    """Shape and dtype of the image that the model takes; a ConfigError if it takes something else."""
-    tensors = tree_leaves(model.inputs, is_leaf=_is_tensor)
+def image_input(model: nn.Module) -> tuple[list[int], str]:
+    """Shape and dtype of the image that the model takes; a ConfigError if it takes something else.
+
+    A converted model takes what its example inputs are, a base model what its attribute `example_inputs` or its
+    pretrained_cfg says.
+    """
+    tensors = tree_leaves(_described_inputs(model), is_leaf=_is_tensor)
     described = [leaf for leaf in tensors if _is_tensor(leaf)]
     if len(described) == 1 and len(described[0]["shape"]) == 4 and described[0]["shape"][1] in _MODES:
         return described[0]["shape"], described[0]["dtype"]
     seen = ", ".join(f"{leaf['dtype']}{leaf['shape']}" for leaf in described)
     raise ConfigError(
-        f"predict takes models of one image [b, 3, h, w] or [b, 1, h, w]; this one takes {seen}. {BY_HAND}"
+        f"Image files are for models of one image [b, 3, h, w] or [b, 1, h, w]; this one takes {seen}. {BY_HAND}"
     )
+
+
+def _described_inputs(model: nn.Module) -> Any:
+    if isinstance(model, ConvertedModel):
+        return model.inputs
+    given = getattr(model, "example_inputs", None)
+    try:
+        return describe(default_inputs(model) if given is None else given)
+    except TraceError as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not say what it takes: it has no timm pretrained_cfg. Set "
+            f"model.example_inputs = (torch.zeros(1, 3, 224, 224),), or whatever one forward takes."
+        ) from error
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -275,17 +294,29 @@ def _row(
     return Row(path, tuple(Entry(i, labels[i], means[i], stds[i], *own[i]) for i in best), unsure=unsure)
 
 
-def label_names(model: ConvertedModel) -> list[str] | None:
+def label_names(model: nn.Module) -> list[str] | None:
     """The names of the classes: those in the model's pretrained_cfg, else ImageNet's where their number fits."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     cfg = pretrained_cfg(model)
-    if cfg.get("label_names"):
+    given = given_names(model)
+    if given:
         described = cfg.get("label_descriptions")
         more = described if isinstance(described, Mapping) else {}
-        return [str(more.get(name, name)) for name in cfg["label_names"]]
+        return [str(more.get(name, name)) for name in given]
     subset = infer_imagenet_subset(dict(cfg))
     return list(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+def given_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes in the model's pretrained_cfg: a list, or an object by index; None without any."""
+    names = pretrained_cfg(model).get("label_names")
+    if isinstance(names, Mapping):
+        by_index = {str(key): name for key, name in names.items()}
+        names = [by_index.get(str(k)) for k in range(len(by_index))]
+        if None in names:  # timm writes an object where there are gaps
+            return None
+    return tuple(map(str, names)) if names else None
 
 
 # --- rows in files ---------------------------------------------------------------------------------------------------

@@ -217,6 +217,12 @@ def leaf_tasks(outputs: Any, task: Task) -> list[Task]:
     return found
 
 
+def count_outputs(p: Prediction | RegressionPrediction, task: Task, class_dim: int) -> int:
+    """The number of classes, or of numbers, that a prediction has for a sample."""
+    dim = 1 if task == "regression" else class_dim
+    return p.mean.shape[dim] if p.mean.dim() > 1 else 1
+
+
 def check_outputs(
     shapes: Sequence[Sequence[int] | None],
     tasks: Sequence[Task],

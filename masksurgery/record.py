@@ -148,12 +148,8 @@ class Record:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
-def read_record(path: Path) -> Record:
-    """Read and check a config.json.
-
-    Raises:
-        CheckpointError: It is missing, no JSON, of another format version, or a field has a wrong type.
-    """
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a config.json, whoever wrote it; a CheckpointError if it is missing or holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -162,6 +158,16 @@ def read_record(path: Path) -> Record:
         raise CheckpointError(f"{path}: not JSON ({error}). {AGAIN}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {_shown(content)}, not a JSON object. {AGAIN}.")
+    return content
+
+
+def read_record(path: Path) -> Record:
+    """Read and check a config.json.
+
+    Raises:
+        CheckpointError: It is missing, no JSON, of another format version, or a field has a wrong type.
+    """
+    content = read_object(path)
     check_version(content, path)
     record: Record = parse(Record, content, "", path)
     given = [*record.inputs.args, *record.inputs.kwargs.values()]

@@ -38,7 +38,7 @@ def restore_base(saved: SavedModel, base: nn.Module | None, trust: bool) -> nn.M
     _fill(own, saved)
     cfg = saved.record.pretrained_cfg
     if cfg is not None:
-        own.pretrained_cfg = {key: _tuples(value) for key, value in cfg.items()}  # type: ignore[assignment]
+        own.pretrained_cfg = {key: as_tuples(value) for key, value in cfg.items()}  # type: ignore[assignment]
     return own
 
 
@@ -104,8 +104,9 @@ def _fill(base: nn.Module, saved: SavedModel) -> None:
     base.load_state_dict(saved.state, strict=True)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """A value of JSON with tuples for its lists."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def _find_class(name: str, base: nn.Module, path: Path) -> type:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from masksurgery import prediction
 from masksurgery.data import (
     LISTED,
     Batches,
@@ -74,8 +75,7 @@ def count_outputs(model: ConvertedModel) -> int:
     with torch.no_grad(), whole_output(model):
         found = answered_prediction(model.eval()(torch.zeros(2, *shape[1:], dtype=getattr(torch, dtype))))
     assert found is not None  # an output without a batch dimension is refused by convert
-    dim = model.settings.class_dim if model.settings.task != "regression" else 1
-    return found.mean.shape[dim] if found.mean.dim() > 1 else 1
+    return prediction.count_outputs(found, model.settings.task, model.settings.class_dim)
 
 
 def tell_broken(images: Sequence[Broken]) -> None:

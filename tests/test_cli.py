@@ -258,7 +258,7 @@ def test_a_model_of_ones_own(run: Callable[..., Result], factories: str, tmp_pat
     assert "is not run unasked" in run("predict", "m", "x.png").err
     refused = run("predict", "--trust", "m", "x.png")
     assert (refused.status, refused.out) == (2, "")
-    assert "predict takes models of one image" in refused.err and "float32[1, 10]" in refused.err
+    assert "for models of one image" in refused.err and "float32[1, 10]" in refused.err
 
 
 def test_a_folder_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path: Path, saved: Path) -> None:

@@ -115,7 +115,7 @@ def test_size_and_channels_come_from_the_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("channels", "seen"), [(5, r"float32\[1, 5, 16, 24\]"), (2, r"float32\[1, 2, 16, 24\]")])
 def test_other_inputs_are_no_images(channels: int, seen: str) -> None:
-    with pytest.raises(ConfigError, match=f"predict takes models of one image .* this one takes {seen}"):
+    with pytest.raises(ConfigError, match=f"files are for models of one image .* this one takes {seen}"):
         Reader(convert(channels))
 
 
