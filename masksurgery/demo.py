@@ -30,6 +30,8 @@ KNOWN = 8
 """The digits below it are the task; the others are unseen."""
 SIZE = 32
 RATE = 3e-3
+EPOCHS = 20, 40
+"""Of the base model, and then of the ensemble and of the base model again."""
 TRAIN, VAL = 300, 200
 """Images of each part; about 940 are left for the test."""
 
@@ -67,7 +69,7 @@ class Demo:
 
     def run(
         self,
-        epochs: tuple[int, int] = (20, 40),
+        epochs: tuple[int, int] = EPOCHS,
         say: Callable[[str], object] = lambda text: None,
         observer: Any = None,
     ) -> Evaluation:

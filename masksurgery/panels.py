@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from masksurgery import plots
-from masksurgery.evaluation import DETECTION, METRICS, Curve, Evaluation, Histogram, Metric, ModelEvaluation, Reliability
+from masksurgery.evaluation import (
+    DETECTION,
+    METRICS,
+    Curve,
+    Evaluation,
+    Histogram,
+    Metric,
+    ModelEvaluation,
+    Reliability,
+)
 
 SCORES: Mapping[str, str] = {
     "max_probability": "max probability",
@@ -98,7 +107,9 @@ def _reliability(k: int, model: ModelEvaluation, found: Reliability, levels: boo
         right = sum(share * y for share, _, y in kept) / whole
         verdict = "surer than right" if sure > right else "less sure than right"
         text = f"{write_number(sure, True)} sure on average, {write_number(right, True)} right: {verdict}."
-    svg = plots.draw_reliability(f"reliability-{k}", f"Reliability diagram of {model.name}. {text}", found, levels=levels)
+    svg = plots.draw_reliability(
+        f"reliability-{k}", f"Reliability diagram of {model.name}. {text}", found, levels=levels
+    )
     ece = model.figures.get("ece")
     return Panel(model.name, svg, text, () if ece is None else (Key("", "ECE", write_number(ece)),))
 
@@ -179,7 +190,9 @@ def _roc(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[P
 
 def _sets(evaluation: Evaluation) -> dict[str, None]:
     """The sets of out-of-distribution data, in the order that they were given."""
-    return dict.fromkeys([*evaluation.ood, *(data for model in evaluation.models for data in (*model.detection, *model.roc))])
+    return dict.fromkeys(
+        [*evaluation.ood, *(data for model in evaluation.models for data in (*model.detection, *model.roc))]
+    )
 
 
 def detection_sets(evaluation: Evaluation) -> tuple[str, ...]:
@@ -222,7 +235,9 @@ def _severities(evaluation: Evaluation, kind: str, name: str) -> dict[int, list[
     return lines
 
 
-def _corruption(evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], top: float) -> Panel:
+def _corruption(
+    evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], top: float
+) -> Panel:
     metric = METRICS[name]
     keys = tuple(Key(k, evaluation.models[k].name, write_metric(metric, line[-1])) for k, line in lines.items())
     last = max(map(len, lines.values())) - 1

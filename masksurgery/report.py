@@ -51,15 +51,22 @@ def render_report(evaluation: Evaluation) -> str:
     """The page as text; see `write_report`."""
     if not evaluation.models:
         raise EvaluationError(f"{evaluation.data}: there is no model to report. Evaluate one first.")
-    return _environment().get_template("report.html.j2").render(
-        evaluation=evaluation,
-        compared=_compared(evaluation),
-        cards=_cards(evaluation),
-        rows=_rows(evaluation),
-        reliability=panels.reliability_panels(evaluation),
-        risk=panels.risk_panels(evaluation),
-        sets=[(s, _detection_rows(evaluation, s), panels.detection_groups(evaluation, s)) for s in panels.detection_sets(evaluation)],
-        corruption=panels.corruption_groups(evaluation),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            evaluation=evaluation,
+            compared=_compared(evaluation),
+            cards=_cards(evaluation),
+            rows=_rows(evaluation),
+            reliability=panels.reliability_panels(evaluation),
+            risk=panels.risk_panels(evaluation),
+            sets=[
+                (s, _detection_rows(evaluation, s), panels.detection_groups(evaluation, s))
+                for s in panels.detection_sets(evaluation)
+            ],
+            corruption=panels.corruption_groups(evaluation),
+        )
     )
 
 
@@ -67,7 +74,9 @@ def _environment() -> Environment:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ConfigError(f'A report needs Jinja2 ({error}). Install it: pip install "masksurgery[evaluate]".') from error
+        raise ConfigError(
+            f'A report needs Jinja2 ({error}). Install it: pip install "masksurgery[evaluate]".'
+        ) from error
     environment = Environment(
         loader=PackageLoader("masksurgery"),
         autoescape=True,
@@ -163,7 +172,9 @@ def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[t
     for score, title in panels.SCORES.items():
         found = [(model.name, model.detection.get(data, {}).get(score)) for model in evaluation.models]
         names = [name for name, figures in found if figures]
-        columns = [_cells(metric, [figures.get(key) for _, figures in found if figures]) for key, metric in DETECTION.items()]
+        columns = [
+            _cells(metric, [figures.get(key) for _, figures in found if figures]) for key, metric in DETECTION.items()
+        ]
         if names:
             tables.append((title, [(name, [column[k] for column in columns]) for k, name in enumerate(names)]))
     return tables
@@ -172,7 +183,9 @@ def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[t
 def _cells(metric: Metric, values: Sequence[float | None]) -> list[Cell]:
     """The best are marked, unless all are equal. What cannot be told apart in the text is equal."""
     texts = ["" if value is None else panels.write_metric(metric, value) for value in values]
-    ranked = sorted((value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value))
+    ranked = sorted(
+        (value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value)
+    )
     if metric.better is None or len({text for _, text in ranked}) < 2:
         return [Cell(text) for text in texts]
     best = ranked[-1 if metric.better == "higher" else 0][1]
@@ -187,7 +200,9 @@ def embed_picture(image: bytes, name: str) -> str:
     for start, kind in _PICTURES.items():
         if image.startswith(start):
             return f"data:{kind};base64,{base64.b64encode(image).decode()}"
-    raise EvaluationError(f"{name!r}: the picture begins with {image[:8]!r}, and is neither PNG nor JPEG. Encode it as one.")
+    raise EvaluationError(
+        f"{name!r}: the picture begins with {image[:8]!r}, and is neither PNG nor JPEG. Encode it as one."
+    )
 
 
 def count_votes(votes: Sequence[Vote]) -> list[tuple[str, int]]:

@@ -19,7 +19,15 @@ from masksurgery.folders import find_folder
 from masksurgery.images import given_names, image_input, label_names, preprocessing_of, readable
 from masksurgery.losses import answered_prediction
 from masksurgery.model import ConvertedModel
-from masksurgery.prediction import Head, Prediction, RegressionPrediction, check_outputs, check_temperature, count_outputs, leaf_tasks
+from masksurgery.prediction import (
+    Head,
+    Prediction,
+    RegressionPrediction,
+    check_outputs,
+    check_temperature,
+    count_outputs,
+    leaf_tasks,
+)
 from masksurgery.record import read_object
 from masksurgery.scores import Threshold
 from masksurgery.sources import NO_WEIGHTS, one_line

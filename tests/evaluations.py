@@ -256,26 +256,46 @@ def segmentation() -> Evaluation:
         grey = np.asarray(Image.open(io.BytesIO(photo(k))).convert("L"))
         palette = np.array([[0, 0, 0], [31, 119, 180], [255, 127, 14], [44, 160, 44]], np.uint8)
         edges = np.abs(np.diff(grey.astype(int), axis=1, prepend=0)).clip(0, 255).astype(np.uint8)
-        return ("prediction", encode(palette[grey // 64])), ("truth", encode(palette[grey // 70])), ("variance", encode(edges))
+        return (
+            ("prediction", encode(palette[grey // 64])),
+            ("truth", encode(palette[grey // 70])),
+            ("variance", encode(edges)),
+        )
 
     def model(name: str, n: int, quality: float) -> ModelEvaluation:
         whole = classifier(name, quality, n=n)
         samples = tuple(
-            Sample(f"street/{k}.png", photo(k), None, "", None, {"max_probability": 0.2, "entropy": 0.4 + k / 10}, maps=maps(k))
+            Sample(
+                f"street/{k}.png",
+                photo(k),
+                None,
+                "",
+                None,
+                {"max_probability": 0.2, "entropy": 0.4 + k / 10},
+                maps=maps(k),
+            )
             for k in range(8)
         )
         figures = {k: x for k, x in whole.figures.items() if k != "top5"} | {"miou": 0.5 + quality / 5}
         corruption = {"noise": tuple({"accuracy": 0.9 - k / 20, "miou": 0.6 - k / 15} for k in range(1, 6))}
-        more = {"figures": figures, "corruption": corruption, "galleries": {"surest": samples, "uncertain": samples[:3]}}
+        more = {
+            "figures": figures,
+            "corruption": corruption,
+            "galleries": {"surest": samples, "uncertain": samples[:3]},
+        }
         return ModelEvaluation(**(vars(whole) | more))
 
     models = (model("fcn_resnet50", 1, 0.2), model("fcn_resnet50-masked", 4, 0.6))
-    return Evaluation("streets", 500, "classification", models, segmentation=True, classes=("road", "car", "tree", "sky"))
+    return Evaluation(
+        "streets", 500, "classification", models, segmentation=True, classes=("road", "car", "tree", "sky")
+    )
 
 
 def single() -> Evaluation:
     """A base model, of which nothing but its figures is known."""
-    return Evaluation("photos", 1, "classification", (ModelEvaluation("resnet50", "base", 1, {"accuracy": 1.0, "nll": 0.03}),))
+    return Evaluation(
+        "photos", 1, "classification", (ModelEvaluation("resnet50", "base", 1, {"accuracy": 1.0, "nll": 0.03}),)
+    )
 
 
 def many() -> Evaluation:
@@ -286,13 +306,17 @@ def many() -> Evaluation:
                    labels=labels, galleries={})
         for k in range(12)
     )  # fmt: skip
-    return Evaluation("ImageNet", 50_000, "classification", models, ood={"textures": 5640}, classes=labels, versions=VERSIONS)
+    return Evaluation(
+        "ImageNet", 50_000, "classification", models, ood={"textures": 5640}, classes=labels, versions=VERSIONS
+    )
 
 
 def four() -> Evaluation:
     """Four models with all galleries: the largest report that is usual."""
     ood = ("digits 8 and 9", "noise")
-    models = [classifier(f"resnet{18 + 8 * k}", k / 4, n=4 if k else 1, seed=k, ood=ood, picture=photo) for k in range(4)]
+    models = [
+        classifier(f"resnet{18 + 8 * k}", k / 4, n=4 if k else 1, seed=k, ood=ood, picture=photo) for k in range(4)
+    ]
     return Evaluation("photos", 2000, "classification", tuple(models), ood=dict.fromkeys(ood, 500), versions=VERSIONS)
 
 
