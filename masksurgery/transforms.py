@@ -93,7 +93,7 @@ class Preprocessing:
 
         Args:
             masks: The target is a mask. It becomes int64 [h, w], and image and mask are resized as a whole: cut margins
-                would never be evaluated.
+                would never be evaluated. An image with any other target is resized in the same way.
         """
         from timm.data import create_transform
 
@@ -187,10 +187,14 @@ class _PairTransform:
         self.mean = torch.tensor(preprocessing.config["mean"])[:, None, None]
         self.std = torch.tensor(preprocessing.config["std"])[:, None, None]
 
-    def __call__(self, image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, mask: Any) -> tuple[Tensor, Any]:
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional
 
+        if not isinstance(mask, np.ndarray):  # the image has none
+            return self._normalise(self.moves(functional.to_image(image))), mask
         pixels, classes = self.moves(functional.to_image(image), tv_tensors.Mask(torch.from_numpy(mask)))
-        x = (pixels.as_subclass(Tensor).float() / 255 - self.mean) / self.std
-        return x.to(self.dtype), classes.as_subclass(Tensor).long()
+        return self._normalise(pixels), classes.as_subclass(Tensor).long()
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return ((pixels.as_subclass(Tensor).float() / 255 - self.mean) / self.std).to(self.dtype)

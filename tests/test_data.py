@@ -235,7 +235,7 @@ def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         open_it(tmp_path / "differ", val_split="tset")
     with pytest.raises(DataError, match=r"different classes \(only training: cow; only validation: cat\)"):
         open_it(tmp_path / "differ")
-    with pytest.raises(DataError, match=r"1 images cannot be divided into training and validation"):
+    with pytest.raises(DataError, match=r"1 images cannot be divided into two parts"):
         open_it(tmp_path / "one")
     with pytest.raises(DataError, match=r"has 3 classes \(ant, bee, cat\), the model 2"):
         open_data(DataConfig(str(write_classes(tmp_path / "three", 6))), num_classes=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from masksurgery.data.check import LISTED, BrokenImage, default_workers
 from masksurgery.data.config import DataConfig
+from masksurgery.data.evaluation import EvaluationData, name_of, open_evaluation, open_unlabelled
 from masksurgery.data.loading import (
     Batches,
     eval_batches,
@@ -14,7 +15,7 @@ from masksurgery.data.loading import (
 )
 from masksurgery.data.opening import Data, open_data
 from masksurgery.data.pairs import IGNORED
-from masksurgery.data.source import Source
+from masksurgery.data.source import Source, hold_out
 from masksurgery.data.streams import Stream
 from masksurgery.types import DataError
 
@@ -26,12 +27,17 @@ __all__ = [
     "Data",
     "DataConfig",
     "DataError",
+    "EvaluationData",
     "Source",
     "Stream",
     "default_workers",
     "eval_batches",
     "explained_death",
+    "hold_out",
+    "name_of",
     "open_data",
+    "open_evaluation",
+    "open_unlabelled",
     "steps_per_epoch",
     "stream_workers",
     "train_batches",

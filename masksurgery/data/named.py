@@ -19,7 +19,7 @@ from masksurgery.types import ConfigError, DataError
 # torchvision's data sets of a training and a test part: the test part is no validation part.
 _TRAIN_AND_TEST = ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "qmnist")
 _OTHERS = ("imagenet", "inaturalist", "places365")
-_FOLDERS = ("folder", "image_folder")
+FOLDERS = ("folder", "image_folder")
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,68 @@ class Part:
 
 
 def open_named(
-    config: DataConfig, channels: int, num_classes: int | None
-) -> tuple[Source, Source | None, tuple[str, ...] | None]:
+    config: DataConfig, channels: int, num_classes: int | None, training: bool = True
+) -> tuple[Source | None, Source | None, tuple[str, ...] | None]:
     """Open the training part, the validation part or None, and the names of the classes or None.
 
+    Args:
+        training: Open the training part where there is a validation part, too.
     Raises:
         ConfigError: The data is of no kind that timm knows, or a package is missing.
         DataError: It cannot be opened, has no class folders, or its two parts have different classes.
     """
     if config.prefix == "hfds":
-        train, val = _open_hugging_face(config)
-    elif config.prefix == "torch" and config.name.lower() not in _FOLDERS:
-        train, val = _open_torchvision(config)
+        train, val = _open_hugging_face(config, training)
+    elif config.prefix == "torch" and config.name.lower() not in FOLDERS:
+        train, val = _open_torchvision(config, training)
     else:
-        train, val = _open_folder(config, Path((config.data_dir or "") if config.prefix else config.data))
-    if val is not None:
+        train, val = _open_folder(config, root_of(config), training)
+    if train is not None and val is not None:
         _compare_classes(config, train, val)
-        val_source = _source(val, channels, num_classes, "validation")
+    first = train or val
+    assert first is not None  # where there is no validation part the training part is opened
+    return (
+        _source(train, channels, num_classes, "training"),
+        _source(val, channels, num_classes, "validation"),
+        first.classes,
+    )
+
+
+def open_unlabelled_named(config: DataConfig, channels: int) -> Source:
+    """Open the validation part of a named set, else its test part, else all of it; or a tar of images.
+
+    Raises:
+        ConfigError, DataError: As `open_named` does.
+    """
+    if config.prefix == "hfds":
+        part = _find_hugging_face(config, (*VAL_NAMES, "test", *TRAIN_NAMES), labelled=False)
+        if part is None:
+            raise DataError(f"{config.data} has none of the parts {', '.join((*VAL_NAMES, 'test', *TRAIN_NAMES))}.")
+    elif config.prefix == "torch" and config.name.lower() not in FOLDERS:
+        name = _torchvision_name(config)
+        part = _read_torchvision(config, name, "test" if name in _TRAIN_AND_TEST else "validation")
     else:
-        val_source = None
-    return _source(train, channels, num_classes, "training"), val_source, train.classes
+        part = _read_folder(config, _existing(root_of(config)), labelled=False)
+    items = replace(part.items, labelled=False)
+    return Source(items, np.arange(len(items)), channels, "unlabelled")
 
 
-def _source(part: Part, channels: int, num_classes: int | None, called: str) -> Source:
+def _source(part: Part | None, channels: int, num_classes: int | None, called: str) -> Source | None:
+    if part is None:
+        return None
     items = replace(part.items, num_classes=num_classes)
     return Source(items, np.arange(len(items)), channels, called)
+
+
+def root_of(config: DataConfig) -> Path:
+    """The folder or file of data that has no name of its own."""
+    return Path((config.data_dir or "") if config.prefix else config.data)
+
+
+def _existing(root: Path) -> Path:
+    if not root.exists():
+        raise DataError(f"'{readable(root)}' does not exist. data is a folder, a CSV file, or a name with a prefix.")
+    return root
 
 
 @contextmanager
@@ -78,11 +115,11 @@ def lacks_split(error: DataError) -> bool:
     return re.search("Unknown split|not found in info|length is unknown", str(error)) is not None
 
 
-def _open_folder(config: DataConfig, root: Path) -> tuple[Part, Part | None]:
-    if not root.exists():
-        raise DataError(f"'{readable(root)}' does not exist. data is a folder, a CSV file, or a name with a prefix.")
+def _open_folder(config: DataConfig, root: Path, training: bool) -> tuple[Part | None, Part | None]:
+    val_root = _find_folder(_existing(root), config.val_split, VAL_NAMES)
+    if val_root is not None and not training:
+        return None, _read_folder(config, val_root)
     train_root = _find_folder(root, config.train_split, TRAIN_NAMES)
-    val_root = _find_folder(root, config.val_split, VAL_NAMES)
     if train_root is None and val_root is not None and not config.train_split:
         raise DataError(f"'{readable(root)}' has a folder {val_root.name}, and none called train.")
     train = _read_folder(config, train_root or root)
@@ -100,7 +137,7 @@ def _find_folder(root: Path, asked: str | None, names: Sequence[str]) -> Path | 
     return None
 
 
-def _read_folder(config: DataConfig, root: Path) -> Part:
+def _read_folder(config: DataConfig, root: Path, labelled: bool = True) -> Part:
     from timm.data import create_dataset
 
     # A large tar would be listed in a pickle beside it, by default.
@@ -108,18 +145,24 @@ def _read_folder(config: DataConfig, root: Path) -> Part:
     with explained(config):
         reader = create_dataset("", str(root), search_split=False, **more).reader
     classes = _in_order(reader.class_to_idx if root.is_dir() else reader.class_name_to_idx)
-    if classes == ("",):
+    if labelled and classes == ("",):
         raise DataError(f"'{readable(root)}' has images and no folders of classes, such as cat/1.jpg and dog/2.jpg.")
     return Part(ReaderItems(reader, config.data, root), classes)
 
 
-def _open_torchvision(config: DataConfig) -> tuple[Part, Part | None]:
+def _torchvision_name(config: DataConfig) -> str:
+    """The name of a data set of torchvision, once it is known that it can be opened."""
     name = config.name.lower()
     if name not in (*_TRAIN_AND_TEST, *_OTHERS):
-        known = ", ".join(f"torch/{known}" for known in (*_TRAIN_AND_TEST, *_OTHERS, *_FOLDERS))
+        known = ", ".join(f"torch/{known}" for known in (*_TRAIN_AND_TEST, *_OTHERS, *FOLDERS))
         raise ConfigError(f"{config.data} is not known. There are {known}.")
     if not config.data_dir:
         raise ConfigError(f"{config.data} needs data_dir: the folder where it lies, or is to be downloaded to.")
+    return name
+
+
+def _open_torchvision(config: DataConfig, training: bool) -> tuple[Part | None, Part | None]:
+    name = _torchvision_name(config)
     train_split, val_split = config.train_split or "train", config.val_split
     if name in _TRAIN_AND_TEST:
         for split in (train_split, val_split):
@@ -127,7 +170,7 @@ def _open_torchvision(config: DataConfig) -> tuple[Part, Part | None]:
                 raise ConfigError(f"{config.data} has the splits train and test, not '{split}'.")
     elif not val_split:
         val_split = "validation"
-    train = _read_torchvision(config, name, train_split)
+    train = _read_torchvision(config, name, train_split) if training or not val_split else None
     return train, _read_torchvision(config, name, val_split) if val_split else None
 
 
@@ -142,24 +185,34 @@ def _read_torchvision(config: DataConfig, name: str, split: str) -> Part:
     return Part(DatasetItems(dataset, f"{config.data} {split}", Path(config.data_dir or "")), _tuple(classes))
 
 
-def _open_hugging_face(config: DataConfig) -> tuple[Part, Part | None]:
-    train = _read_hugging_face(config, config.train_split or "train")
+def _open_hugging_face(config: DataConfig, training: bool) -> tuple[Part | None, Part | None]:
+    train = _read_hugging_face(config, config.train_split or "train") if training else None
     if config.val_split:
         return train, _read_hugging_face(config, config.val_split)
-    for split in VAL_NAMES:
+    val = _find_hugging_face(config, VAL_NAMES)
+    if train is None and val is None:
+        train = _read_hugging_face(config, config.train_split or "train")
+    return train, val
+
+
+def _find_hugging_face(config: DataConfig, splits: Sequence[str], labelled: bool = True) -> Part | None:
+    """The first of these splits that exists."""
+    for split in splits:
         try:
-            return train, _read_hugging_face(config, split)
+            return _read_hugging_face(config, split, labelled)
         except DataError as error:
             if not lacks_split(error):
                 raise
-    return train, None
+    return None
 
 
-def _read_hugging_face(config: DataConfig, split: str) -> Part:
+def _read_hugging_face(config: DataConfig, split: str, labelled: bool = True) -> Part:
     with explained(config):
         from timm.data.readers.reader_hfds import ReaderHfds  # create_dataset of timm 1.0.15 lower-cases the name
 
         reader = ReaderHfds(name=config.name, root=config.data_dir, split=split)
+        if not labelled:
+            reader.label_key = reader.image_key  # which there is
         if reader.label_key not in reader.dataset.column_names:
             columns = ", ".join(reader.dataset.column_names)
             raise DataError(f"{config.data} has no column '{reader.label_key}' of labels, only {columns}.")

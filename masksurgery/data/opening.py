@@ -59,46 +59,68 @@ def open_data(
         ConfigError: A setting or a package is wrong or missing.
         DataError: Data is missing or not what it should be, or more than `config.max_bad` images are broken.
     """
-    train, val, classes = _open(config, task, channels, num_classes)
-    if classes is not None and num_classes is not None and len(classes) > num_classes:
-        raise DataError(f"{config.data} has {len(classes)} classes ({_few(classes)}), the model {num_classes}.")
+    train, val, classes = open_parts(config, task, channels, num_classes)
+    if val is None:
+        assert isinstance(train, Source)  # a stream without a validation part is refused
+        train, val = hold_out(train, config.val_fraction, config.seed)
+    assert train is not None
     if not isinstance(train, Source) or not isinstance(val, Source):
         return Data(train, val, classes)
-    train = train.limit(config.max_train, config.seed)
-    val = val.limit(config.max_val, config.seed)
+    sources = [train.limit(config.max_train, config.seed), val.limit(config.max_val, config.seed)]
+    (train, val), found = leave_out_broken(config, sources, workers, bad)
+    return Data(train, val, classes, bool(config.masks), found)
+
+
+def leave_out_broken(
+    config: DataConfig, sources: Sequence[Source], workers: int | None, bad: Sequence[BrokenImage] | None
+) -> tuple[list[Source], tuple[BrokenImage, ...]]:
+    """Sources without their broken images, and these; see `open_data`.
+
+    Raises:
+        DataError: There are more than `config.max_bad`, or a source has no other image.
+    """
     if bad is None:
-        bad = [*find_broken(train, workers), *find_broken(val, workers)] if config.check else ()
+        bad = [broken for source in sources for broken in find_broken(source, workers)] if config.check else ()
     check_count(bad, config.max_bad)
-    train, val = drop_broken(train, bad), drop_broken(val, bad)
-    for source in (train, val):
+    whole = [drop_broken(source, bad) for source in sources]
+    for source in whole:
         if not len(source):
             raise DataError(f"{config.data} has no {source.called} image that can be read.")
-    return Data(train, val, classes, bool(config.masks), tuple(bad))
+    return whole, tuple(bad)
 
 
-def _open(
-    config: DataConfig, task: str, channels: int, num_classes: int | None
-) -> tuple[Source, Source, tuple[str, ...] | None] | tuple[Stream, Stream, None]:
-    classes: tuple[str, ...] | None
-    is_table = not config.prefix and Path(config.data).suffix.lower() == ".csv"
-    if config.masks and (task not in ("classification", "probabilities") or is_table or config.prefix):
+def open_parts(
+    config: DataConfig, task: str, channels: int, num_classes: int | None, training: bool = True
+) -> tuple[Source | Stream | None, Source | Stream | None, tuple[str, ...] | None]:
+    """The training part, the validation part or None, and the names of the classes or None; see `open_data`.
+
+    Args:
+        training: Open the training part where there is a validation part, too.
+    """
+    train: Source | Stream | None
+    val: Source | Stream | None
+    classes: tuple[str, ...] | None = None
+    if config.masks and (task not in ("classification", "probabilities") or is_table(config) or config.prefix):
         raise ConfigError(
             f'masks go with a folder of images and task="classification", not with {config.data} and task="{task}".'
         )
     if config.masks:
-        train, val = open_pairs(config, channels, num_classes)
-        classes = None
-    elif is_table:
-        train, val, classes = open_table(config, task, channels, num_classes)
+        train, val = open_pairs(config, channels, num_classes, training)
+    elif is_table(config):
+        train, val, classes = open_table(config, task, channels, num_classes, training)
     elif task in ("regression", "multilabel"):
         raise ConfigError(f'task="{task}" reads its targets from a CSV file (file,target,...), not from {config.data}.')
     elif config.prefix in STREAMS:
-        return open_streams(config, channels, num_classes)
+        train, val, _ = open_streams(config, channels, num_classes, training)
     else:
-        train, val, classes = open_named(config, channels, num_classes)
-    if val is None:
-        train, val = hold_out(train, config.val_fraction, config.seed)
+        train, val, classes = open_named(config, channels, num_classes, training)
+    if classes is not None and num_classes is not None and len(classes) > num_classes:
+        raise DataError(f"{config.data} has {len(classes)} classes ({_few(classes)}), the model {num_classes}.")
     return train, val, classes
+
+
+def is_table(config: DataConfig) -> bool:
+    return not config.prefix and Path(config.data).suffix.lower() == ".csv"
 
 
 def _few(names: Sequence[str]) -> str:

@@ -67,9 +67,13 @@ def open_mask(path: Path, num_classes: int | None = None) -> np.ndarray:
     return mask
 
 
-def open_pairs(config: DataConfig, channels: int, num_classes: int | None) -> tuple[Source, Source | None]:
+def open_pairs(
+    config: DataConfig, channels: int, num_classes: int | None, training: bool = True
+) -> tuple[Source | None, Source | None]:
     """Pair images with masks by their names relative to the two folders, without the suffix.
 
+    Args:
+        training: Open the training part where there is a validation part, too.
     Returns:
         The training part, and the validation part or None. Parts are folders in both, such as train and val.
     Raises:
@@ -89,8 +93,10 @@ def open_pairs(config: DataConfig, channels: int, num_classes: int | None) -> tu
     items = PairItems([images[name] for name in names], [of_images[name] for name in names], root, num_classes)
     everything = Source(items, np.arange(len(names)), channels)
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-    train = _part(everything, folders, config.train_split, TRAIN_NAMES) or everything
     val = _part(everything, folders, config.val_split, VAL_NAMES)
+    if val is not None and not training:
+        return None, replace(val, called="validation")
+    train = _part(everything, folders, config.train_split, TRAIN_NAMES) or everything
     if val is None:
         return train, None
     if train is everything:

@@ -56,13 +56,14 @@ class FileItems:
 
 @dataclass(frozen=True)
 class ReaderItems:
-    """A reader of timm: it opens files, and leaves it to us to decode them."""
+    """A reader of timm: it opens files, and leaves it to us to decode them. Without labels every target is 0."""
 
     reader: Any
     called: str
     place: Path | None = None
     num_classes: int | None = None
     in_memory: bool = False
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -75,17 +76,18 @@ class ReaderItems:
             file, target = self.reader[index][:2]
             with file:
                 image = decode_image(file, channels, draft=draft)
-        return image, as_index(target, self.num_classes, lambda: self.name(index))
+        return image, as_index(target, self.num_classes, lambda: self.name(index)) if self.labelled else 0
 
 
 @dataclass(frozen=True)
 class DatasetItems:
-    """A data set of torchvision: it opens images itself."""
+    """A data set of torchvision: it opens images itself. Without labels every target is 0."""
 
     dataset: Any
     called: str
     place: Path | None = None
     num_classes: int | None = None
+    labelled: bool = True
 
     @property
     def in_memory(self) -> bool:
@@ -101,7 +103,7 @@ class DatasetItems:
         with reading(lambda: self.name(index)):
             image, target = self.dataset[index]
             image = to_channels(image, channels)
-        return image, as_index(target, self.num_classes, lambda: self.name(index))
+        return image, as_index(target, self.num_classes, lambda: self.name(index)) if self.labelled else 0
 
 
 def as_index(target: Any, num_classes: int | None, name: Callable[[], str]) -> int:
@@ -129,7 +131,7 @@ class Source:
         items: All of them.
         indices: Which, [k].
         channels: 3 (RGB) or 1 (grey).
-        called: "training" or "validation".
+        called: "training", "validation" or "unlabelled".
     """
 
     items: Items = field(repr=False)
@@ -163,13 +165,13 @@ class Source:
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    """Divide into a training and a validation part by the seed; at least one image in each.
+    """Divide into two parts by the seed; the second is called validation. At least one image is in each.
 
     Raises:
         DataError: There is one image at most.
     """
     if len(source) < 2:
-        raise DataError(f"{len(source)} images cannot be divided into training and validation. Add more images.")
+        raise DataError(f"{len(source)} images cannot be divided into two parts. Add more images.")
     count = min(max(round(len(source) * fraction), 1), len(source) - 1)
     order = generator("hold out", seed).permutation(len(source))
     return source.take(order[count:]), replace(source.take(order[:count]), called="validation")

@@ -76,21 +76,42 @@ class Stream(Protocol):
         """At most so many workers of a process have something to read."""
 
 
-def open_streams(config: DataConfig, channels: int, num_classes: int | None) -> tuple[Stream, Stream, None]:
-    """Open the training and the validation part. The names of the classes are not known.
+def open_streams(
+    config: DataConfig, channels: int, num_classes: int | None, training: bool = True
+) -> tuple[Stream | None, Stream, None]:
+    """Open the training part, if it is wanted, and the validation part. The names of the classes are not known.
 
     Raises:
         ConfigError: A package is missing, or a setting does not go with a stream.
         DataError: It cannot be opened, its size is not known, or there is no validation part.
     """
+    _check_unlimited(config)
+    open_one = _open_shards if config.prefix == "wds" else _open_iterable
+    more: dict[str, Any] = {"channels": channels, "max_bad": config.max_bad, "num_classes": num_classes}
+    train = None
+    if training:
+        train = _first(config, config.train_split, TRAIN_NAMES, lambda split: open_one(config, split, True, more))
+    val = _first(config, config.val_split, VAL_NAMES, lambda split: open_one(config, split, False, more))
+    return train, val, None
+
+
+def open_unlabelled_stream(config: DataConfig, channels: int) -> Stream:
+    """Open the validation part, else the test part, else the training part. Every target is 0.
+
+    Raises:
+        ConfigError, DataError: As `open_streams` does.
+    """
+    _check_unlimited(config)
+    open_one = _open_shards if config.prefix == "wds" else _open_iterable
+    more: dict[str, Any] = {"channels": channels, "max_bad": config.max_bad, "labelled": False}
+    names = (*VAL_NAMES, "test", *TRAIN_NAMES)
+    return _first(config, None, names, lambda split: open_one(config, split, False, more))
+
+
+def _check_unlimited(config: DataConfig) -> None:
     for name in ("max_train", "max_val"):
         if getattr(config, name) is not None:
             raise ConfigError(f"{name} does not go with a stream such as {config.data}: name fewer shards instead.")
-    open_one = _open_shards if config.prefix == "wds" else _open_iterable
-    more: dict[str, Any] = {"channels": channels, "max_bad": config.max_bad, "num_classes": num_classes}
-    train = _first(config, config.train_split, TRAIN_NAMES, lambda split: open_one(config, split, True, more))
-    val = _first(config, config.val_split, VAL_NAMES, lambda split: open_one(config, split, False, more))
-    return train, val, None
 
 
 def _first(config: DataConfig, asked: str | None, names: tuple[str, ...], open_one: Callable[[str], Stream]) -> Stream:
@@ -122,6 +143,7 @@ class Shards:
     called: str = "training"
     max_bad: int = 0
     num_classes: int | None = None
+    labelled: bool = True
     keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
 
     def __len__(self) -> int:
@@ -176,14 +198,18 @@ class Shards:
         if key is None:
             seen = ", ".join(key for key in content if not key.startswith("__"))
             raise ImageError(f"'{sample.name}' has no image ({', '.join(self.keys)}), only {seen or 'nothing'}.")
+        target = self._target(sample) if self.labelled else 0
+        with reading(lambda: f"{sample.name}.{key}"):
+            return decode_image(io.BytesIO(content[key]), self.channels), target
+
+    def _target(self, sample: Sample) -> int:
         try:
+            content = sample.content
             label = json.loads(content["json"])[self.label] if self.label else content["cls"].decode()
         except (KeyError, TypeError, ValueError) as error:
             where = f"'{self.label}' in its .json" if self.label else "its .cls"
             raise ImageError(f"'{sample.name}' has no label: {where} is missing.") from error
-        target = as_index(label, self.num_classes, lambda: sample.name)
-        with reading(lambda: f"{sample.name}.{key}"):
-            return decode_image(io.BytesIO(content[key]), self.channels), target
+        return as_index(label, self.num_classes, lambda: sample.name)
 
 
 def _open_shards(config: DataConfig, split: str, training: bool, more: dict[str, Any]) -> Shards:
@@ -237,6 +263,7 @@ class TimmStream:
     called: str = "training"
     max_bad: int = 0
     num_classes: int | None = None
+    labelled: bool = True
 
     def __len__(self) -> int:
         return self.reader.num_samples
@@ -275,7 +302,8 @@ class TimmStream:
 
     def decode(self, sample: Sample) -> tuple[Image.Image, int]:
         image, target = sample.content
-        return to_channels(image, self.channels), as_index(target, self.num_classes, lambda: sample.name)
+        index = as_index(target, self.num_classes, lambda: sample.name) if self.labelled else 0
+        return to_channels(image, self.channels), index
 
 
 def _open_iterable(config: DataConfig, split: str, training: bool, more: dict[str, Any]) -> TimmStream:

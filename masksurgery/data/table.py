@@ -30,14 +30,16 @@ class _Row:
 
 
 def open_table(
-    config: DataConfig, task: str, channels: int, num_classes: int | None
-) -> tuple[Source, Source | None, tuple[str, ...] | None]:
+    config: DataConfig, task: str, channels: int, num_classes: int | None, training: bool = True
+) -> tuple[Source | None, Source | None, tuple[str, ...] | None]:
     """Read files and targets.
 
     The column `file` or `path`, else the first, holds the files, a column `split` their part, every other column a
     target: numbers for a regression, 0 or 1 for "multilabel", one label for a classification (if all labels are
     non-negative integers they are the indices themselves).
 
+    Args:
+        training: Open the training part where there is a validation part, too.
     Returns:
         The training part, the validation part or None, and the names of the classes (of the columns for "multilabel",
         None for a regression).
@@ -45,26 +47,45 @@ def open_table(
         DataError: With the line: a column is missing, a cell is none of these, a file does not exist; or there is
             nothing.
     """
-    table = Path(config.data)
-    folder = Path(config.data_dir) if config.data_dir else table.parent
+    table, folder = _places(config)
     columns, rows = _read(table, folder)
     if task in ("regression", "multilabel"):
         targets, classes = _numbers(table, columns, rows, task), columns if task == "multilabel" else None
     else:
         targets, classes = _labels(table, columns, rows, num_classes)
     everything = Source(FileItems([row.file for row in rows], targets, folder), np.arange(len(rows)), channels)
-    train, val = _divide(config, table, [row.split for row in rows], everything)
+    train, val = _divide(config, table, [row.split for row in rows], everything, training)
     return train, val, classes
 
 
-def _read(table: Path, folder: Path) -> tuple[tuple[str, ...], list[_Row]]:
+def open_unlabelled_table(config: DataConfig, channels: int) -> Source:
+    """Read files alone: those of the validation part, else of the test part, else all. Every target is 0.
+
+    Raises:
+        DataError: With the line: the table cannot be read, or a file does not exist.
+    """
+    table, folder = _places(config)
+    _, rows = _read(table, folder, labelled=False)
+    splits = {row.split for row in rows}
+    wanted = next((name for name in (*VAL_NAMES, "test") if name in splits), None)
+    files = [row.file for row in rows if wanted in (None, row.split)]
+    return Source(FileItems(files, np.zeros(len(files), int), folder), np.arange(len(files)), channels, "unlabelled")
+
+
+def _places(config: DataConfig) -> tuple[Path, Path]:
+    """The table, and the folder of the images."""
+    table = Path(config.data)
+    return table, Path(config.data_dir) if config.data_dir else table.parent
+
+
+def _read(table: Path, folder: Path, labelled: bool = True) -> tuple[tuple[str, ...], list[_Row]]:
     """The names of the target columns, and the lines."""
     name = readable(table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream)
             header = [cell.strip() for cell in next(reader, [])]
-            file_at, split_at, target_at = _find_columns(name, header)
+            file_at, split_at, target_at = _find_columns(name, header, labelled)
             rows = list(_rows(name, reader, len(header), folder, file_at, split_at, target_at))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"'{name}' cannot be read as a CSV file: {error}.") from error
@@ -73,7 +94,7 @@ def _read(table: Path, folder: Path) -> tuple[tuple[str, ...], list[_Row]]:
     return tuple(header[k] for k in target_at), rows
 
 
-def _find_columns(name: str, header: Sequence[str]) -> tuple[int, int | None, list[int]]:
+def _find_columns(name: str, header: Sequence[str], labelled: bool) -> tuple[int, int | None, list[int]]:
     """Where the file, the split and the targets stand."""
     if not any(header):
         raise DataError(f"'{name}' is empty. Its first line has to name the columns, such as: file,target.")
@@ -82,7 +103,7 @@ def _find_columns(name: str, header: Sequence[str]) -> tuple[int, int | None, li
     file_at = next((header.index(column) for column in FILE_COLUMNS if column in header), 0)
     split_at = header.index(SPLIT_COLUMN) if SPLIT_COLUMN in header and header[file_at] != SPLIT_COLUMN else None
     target_at = [k for k in range(len(header)) if k not in (file_at, split_at)]
-    if not target_at:
+    if labelled and not target_at:
         raise DataError(f"'{name}', line 1: a column of targets is missing beside {','.join(header)}.")
     return file_at, split_at, target_at
 
@@ -153,7 +174,9 @@ def _labels(
     return np.array([places[label] for label in labels]), tuple(classes)
 
 
-def _divide(config: DataConfig, table: Path, splits: Sequence[str], everything: Source) -> tuple[Source, Source | None]:
+def _divide(
+    config: DataConfig, table: Path, splits: Sequence[str], everything: Source, training: bool
+) -> tuple[Source | None, Source | None]:
     """By the column `split`; what is of another part than those two is not used."""
     if not any(splits):
         if config.train_split or config.val_split:
@@ -165,11 +188,12 @@ def _divide(config: DataConfig, table: Path, splits: Sequence[str], everything: 
         return everything.take(np.flatnonzero([split in wanted for split in splits]))
 
     train, val = part(config.train_split, TRAIN_NAMES), part(config.val_split, VAL_NAMES)
+    only_val = not training and bool(config.val_split or len(val))
     for name, asked, found in (
-        ("training", config.train_split or "train", train),
+        ("training", None if only_val else config.train_split or "train", train),
         ("validation", config.val_split, val),
     ):
         if asked and not len(found):
             seen = ", ".join(sorted(set(splits)))
             raise DataError(f"'{readable(table)}': no line has the split '{asked}' for {name}. There are {seen}.")
-    return train, replace(val, called="validation") if len(val) else None
+    return None if only_val else train, replace(val, called="validation") if len(val) else None
