@@ -9,13 +9,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, MeanSquaredError, Metric
+from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MulticlassJaccardIndex
 
 from masksurgery.evaluation import Reliability
 from masksurgery.losses import match_targets
 from masksurgery.metrics.confidence import EqualCount, EqualWidth, calibration_error, reliability
 from masksurgery.metrics.items import class_items, label_items
+from masksurgery.metrics.mean import Mean
 from masksurgery.metrics.members import Agreement, diversity, mean_disagreement
 from masksurgery.metrics.normal import LEVELS, NormalFit, crps_of_members, crps_of_normal, interval_reliability
 from masksurgery.prediction import Prediction, RegressionPrediction
@@ -36,7 +37,7 @@ class Summary:
 
 
 def precise(metric: M) -> M:
-    """With sums in float64: in float32, as torchmetrics begins, a sum of a million losses keeps four digits."""
+    """With its sums and counts in float64: in float32 those of more than 2^24 items stand still."""
     return metric.set_dtype(torch.float64)  # type: ignore[return-value]
 
 
@@ -55,11 +56,11 @@ class ClassFigures:
 
     def __post_init__(self) -> None:
         labels = self.task == "multilabel"
-        parts: dict[str, Metric] = {"accuracy": self._accuracy(1), "nll": precise(MeanMetric()), "ece": EqualWidth()}
+        parts: dict[str, Metric] = {"accuracy": self._accuracy(1), "nll": Mean(), "ece": EqualWidth()}
         if self.segmentation and not labels:
             parts["miou"] = MulticlassJaccardIndex(self.outputs, average="macro", validate_args=False)
         if self.detail:
-            parts |= {"brier": precise(MeanMetric()), "adaptive_ece": EqualCount()}
+            parts |= {"brier": Mean(), "adaptive_ece": EqualCount()}
             if self.n > 1:
                 parts["agreement"] = Agreement(self.n)
             if self.outputs > 5 and not labels and not self.segmentation:
@@ -80,13 +81,14 @@ class ClassFigures:
         seen = {
             "accuracy": (items.predicted, items.truth),
             "miou": (items.predicted, items.truth),
-            "top5": (p.logits.movedim(self.class_dim, 1), y),
             "nll": (items.nll,),
             "brier": (items.brier,),
             "ece": (items.unsure, items.right),
             "adaptive_ece": (items.unsure, items.right),
             "agreement": (items.members, items.truth),
         }
+        if "top5" in self.parts:
+            seen["top5"] = (p.logits.movedim(self.class_dim, 1), y)
         for name, part in self.parts.items():
             part.update(*seen[name])
         return items.loss
@@ -117,7 +119,7 @@ class NumberFigures:
     def __post_init__(self) -> None:
         parts: dict[str, Metric] = {"rmse": self._rmse(1), "normal": NormalFit()}
         if self.detail:
-            parts["crps"] = precise(MeanMetric())
+            parts["crps"] = Mean()
             if self.n > 1:
                 parts["members"] = self._rmse(self.n)
         self.parts = {name: part.to(self.device) for name, part in parts.items()}
