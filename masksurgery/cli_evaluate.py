@@ -123,6 +123,7 @@ def demo(
         found = run.run(say=steps.say, observer=steps)
     report = output / "report.html"
     write_report(found, report)
+    found.write_json(output / "evaluation.json")
     out().print(evaluation_tables(found))
     out().print(f"\nThe report is in {report}.", soft_wrap=True)
     image = next(run.unseen.iterdir())

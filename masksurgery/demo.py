@@ -92,7 +92,8 @@ class Demo:
         say("fine-tuning the base model for as many epochs")
         self.finetune(self.base, epochs[1], base_only=True)
         say("evaluating both")
-        return self.evaluate(EvaluateConfig(ood=(str(self.unseen),), corrupt=("all",), workers=0), observer)
+        config = EvaluateConfig(ood=(str(self.unseen),), corrupt=("all",), coverage=0.9, score="entropy", workers=0)
+        return self.evaluate(config, observer)
 
     def prepare(self) -> None:
         """Write the images as files, as users have them."""
