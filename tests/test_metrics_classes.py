@@ -7,6 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, brier_score_loss, jaccard_score, log_loss, top_k_accuracy_score
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from masksurgery.evaluation import METRICS
+from masksurgery.metrics import Found, Suite
+from masksurgery.prediction import classification
+from masksurgery.scores import Threshold, image_scores
+from masksurgery.types import ConfigError, EvaluationError
 from scoring import (
     adaptive_ece_by_hand,
     aurc_by_hand,
@@ -18,15 +27,6 @@ from scoring import (
     figures_by_hand,
     figures_of_labels_by_hand,
 )
-from sklearn.metrics import accuracy_score, brier_score_loss, jaccard_score, log_loss, top_k_accuracy_score
-from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
-
-from masksurgery.evaluation import METRICS
-from masksurgery.metrics import Found, Suite
-from masksurgery.prediction import classification
-from masksurgery.scores import Threshold, image_scores
-from masksurgery.types import ConfigError, EvaluationError
 
 SEEDS = range(4)
 

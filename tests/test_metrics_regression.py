@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.stats import norm
-from scoring import aurc_by_hand, draw, feed
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from masksurgery.metrics import Found, Suite
 from masksurgery.metrics.normal import LEVELS, crps_of_members, crps_of_normal
 from masksurgery.prediction import regression
 from masksurgery.types import ConfigError, EvaluationError
+from scoring import aurc_by_hand, draw, feed
 
 SEEDS = range(4)
 
