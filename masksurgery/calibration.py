@@ -30,7 +30,8 @@ class TemperatureFit(Metric):
     """The temperature that makes held-out data most likely, see `Head.temperature`.
 
     Classes and labels: what divides the members' logits. The negative log-likelihood of the members' mixture is summed
-    up for 121 temperatures from 0.05 to 20; the lowest point of the parabola through the three lowest is taken.
+    up for 121 temperatures from 0.05 to 20; the lowest point of the parabola through the three lowest is taken. Where one
+    end is the best, as with predictions that are all right, the data determine none, and it stays 1.
     Regression: what multiplies the standard deviation; of a normal distribution the best is known,
     T^2 = mean((y - mean)^2 / variance).
 
@@ -139,14 +140,11 @@ def _lowest(nll: np.ndarray) -> float:
     if lowest[last // 2] and lowest.sum() > 1:
         return 1.0
     if lowest[0] or lowest[last]:
-        end = math.exp(_GRID[0 if lowest[0] else last])
         logger.warning(
-            "The temperature is %g, the end of the range that is searched: the held-out predictions are %s. Hold out "
-            "more images if these are few.",
-            end,
+            "The held-out images determine no temperature, and it stays 1: the predictions are %s. Hold out more images.",
             "all right, however confident" if lowest[0] else "no better than chance",
         )
-        return end
+        return 1.0
     before, at, after = nll[i - 1 : i + 2].tolist()
     bend = before - 2 * at + after
     shift = (before - after) / (2 * bend) if bend > 0 else 0.0

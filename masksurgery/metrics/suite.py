@@ -73,12 +73,14 @@ class Suite:
         outputs: Number of classes, labels or numbers.
         segmentation: The items are pixels.
         threshold: To refuse by.
-        detail: Else only accuracy, nll, ece and miou, of a regression rmse and nll; `ranked` stays empty.
+        detail: Else only accuracy, nll, ece and miou, of a regression rmse and nll.
         heteroscedastic: The variance of a regression is not that of the members alone.
         device: Of the sums; predictions and targets are moved there. It needs float64.
     Attributes:
-        ranked: The scores of the images, with their losses.
+        ranked: The scores of the images, with their losses; only with `detail`, for it is large.
     """
+
+    ranked: RankedScores
 
     def __init__(
         self,
@@ -96,12 +98,13 @@ class Suite:
         self.task, self.class_dim, self.n, self.segmentation = task, class_dim, n, segmentation
         self.threshold, self.detail, self.device = threshold, detail, torch.device(device)
         self._images = _Images().to(self.device)
+        if detail:
+            self.ranked = RankedScores(task, n=n, class_dim=class_dim, device=device)
         self._figures: ClassFigures | NumberFigures
         if task == "regression":
             self._figures = NumberFigures(n, heteroscedastic, detail, self.device)
         else:
             self._figures = ClassFigures(task, class_dim, n, outputs, segmentation, detail, self.device)
-        self.ranked = RankedScores(task, n=n, class_dim=class_dim, device=device)
 
     @torch.no_grad()
     def update(self, p: Prediction | RegressionPrediction, y: Tensor) -> None:
