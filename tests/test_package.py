@@ -24,7 +24,7 @@ ROWS = (
     ("rebuild", "folders", "restore", "checkpoint"),
     ("images", "transforms", "randomness", "stopping", "processes", "data"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
-    ("metrics", "calibration", "corruptions", "evaluation"),
+    ("metrics", "calibration", "corruptions", "evaluation", "thumbnails"),
     ("optimisation", "validation", "trainer", "subjects", "galleries"),
     ("hub", "pack", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
     ("__init__",),

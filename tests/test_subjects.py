@@ -16,9 +16,10 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 import masksurgery
-from finetuning import NAMES, make_converted, make_images
+from finetuning import NAMES, make_converted, make_images, metrics_of
 from masksurgery import CheckpointError, ConfigError, DataConfig, DataError, FinetuneConfig
 from masksurgery.checkpoint import CONFIG, WEIGHTS, load_base, read_base, save_base
+from masksurgery.data import eval_batches, open_evaluation
 from masksurgery.factory import create_base
 from masksurgery.subjects import Subject, check_classes, open_subject
 from nets import randomise
@@ -188,6 +189,22 @@ def test_a_model_is_not_changed() -> None:
     other.temperature = 3
     assert converted.training and converted.output == "mean" and converted.head_module.temperature == 1
     assert (other.kind, other.temperature, other.folder) == ("converted", 3, None)
+
+
+@pytest.mark.parametrize("base_only", [False, True])
+def test_the_figures_are_those_of_the_run(tmp_path: Path, base_only: bool) -> None:
+    images, converted = make_images(tmp_path / "images", 8, 4) / "train", make_converted(tmp_path / "converted")
+    config = FinetuneConfig(epochs=1, batch_size=8, workers=0)
+    data = DataConfig(str(images), val_fraction=0.3, seed=3, max_val=5)
+    folder = masksurgery.finetune(converted, data, tmp_path / "run", config=config, base_only=base_only)
+    subject = open_subject(folder)
+    found = open_evaluation(data, task=subject.task, num_classes=subject.outputs)
+    check_classes(subject, found.classes)
+    with torch.inference_mode():
+        batches = eval_batches(found.source, subject.preprocessing.evaluation(), batch_size=3, workers=0)
+        nll = sum(nn.functional.cross_entropy(subject.model(x).logits, y, reduction="sum") for x, y in batches)
+    (row,) = [row for row in metrics_of(folder) if row["val_nll"]]
+    assert len(found.source) == 5 and nll / 5 == pytest.approx(float(row["val_nll"]), rel=1e-4)
 
 
 # --- what they predict -----------------------------------------------------------------------------------------------
