@@ -94,7 +94,7 @@ def test_temperature_of_pixels(size: tuple[int, ...]) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-12)
     kept = int(fits[0].items) / 6 / (y != 255).double().mean().item()
     pixels = math.prod(size)
-    assert kept == pytest.approx(pixels if pixels <= 256 else min(pixels, 256), rel=0.7) and kept <= 512
+    assert min(pixels, 256) / 2 <= kept <= 512
     known = y != 255
     flat = members.movedim(2, -1).movedim(1, -2)[known]
     best = minimize_scalar(lambda t: nll_by_hand(flat, y[known], math.exp(t)), bounds=(-3, 3), method="bounded")
@@ -145,14 +145,11 @@ def test_no_temperature_is_made_up(right: bool, why: str, caplog: pytest.LogCapt
     assert "determine no temperature, and it stays 1" in caplog.text and why in caplog.text
 
 
-@pytest.mark.parametrize(
-    "logits", [torch.zeros(8, 2, 3), torch.full((8, 2, 3), 0.7), 90 * torch.eye(3)[None, [0] * 8].mT]
-)
-def test_where_no_temperature_matters_it_is_1(logits: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("logits", [(0.0, 0.0, 0.0), (0.7, 0.7, 0.7), (90.0, 0.0, 0.0)])
+def test_where_no_temperature_matters_it_is_1(logits: tuple[float, ...], caplog: pytest.LogCaptureFixture) -> None:
     """Equal logits; and a certainty that has no more digits to gain."""
-    members = logits if logits.shape == (8, 2, 3) else logits[:, :1].expand(1, 8, 3).movedim(0, 1)
     fit = TemperatureFit("classification")
-    fit.update(classes(members), members[:, 0].argmax(1))
+    fit.update(classes(torch.tensor(logits).expand(8, 2, 3)), torch.zeros(8, dtype=torch.int64))
     assert fit.compute_temperature() == 1
     assert not caplog.records
 
@@ -229,23 +226,21 @@ def test_a_risk_is_kept_and_no_larger_share_would_keep_it(score: Score, risk: fl
     assert largest - 5 <= int(answered.sum()) <= largest
 
 
-def test_images_without_any_doubt_are_answered() -> None:
+@pytest.mark.parametrize("score", ["max_probability", "entropy"])
+def test_images_without_any_doubt_are_answered(score: Score) -> None:
     members = torch.zeros(10, 2, 2)
     members[:4, :, 0] = 200  # their doubt is exactly 0
     p = classes(members)
-    for score in ALL:
-        ranked = RankedScores("classification", n=2)
-        ranked.update(p, torch.tensor([0.0] * 4 + [1.0] * 6))
-        threshold = fit_threshold(ranked, score, risk=0)
-        answered = 10 if score in ("mutual_information", "variance") else 4
-        if answered == 4:
-            assert int((~threshold.unsure(p, "classification")).sum()) == 4
+    ranked = RankedScores("classification", n=2)
+    ranked.update(p, torch.tensor([0.0] * 4 + [1.0] * 6))
+    threshold = fit_threshold(ranked, score, risk=0)
+    assert threshold.unsure(p, "classification").tolist() == [False] * 4 + [True] * 6
 
 
 @pytest.mark.parametrize("unsure", [1e-17, 3e-16, 1e-12, 0.3, 0.5])
 def test_rounding_of_1_less_u_refuses_none_of_the_bin(unsure: float) -> None:
-    logits = torch.log1p(torch.tensor([-unsure], dtype=torch.float64))
-    p = Prediction(*(torch.stack([logits, logits.exp() * 0 - 30], 1) for _ in range(3)), *(logits * 0,) * 2, logits)
+    logits = torch.tensor([[math.log1p(-unsure), -30]], dtype=torch.float64)
+    p = classes(logits.unsqueeze(1))._replace(logits=logits)
     ranked = RankedScores("classification", n=1)
     ranked.update(p)
     threshold = fit_threshold(ranked, "max_probability", coverage=1.0)
