@@ -7,7 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from masksurgery import plots
-from masksurgery.evaluation import DETECTION, METRICS, Curve, Evaluation, Histogram, Metric, ModelEvaluation, Reliability
+from masksurgery.evaluation import (
+    DETECTION,
+    METRICS,
+    Curve,
+    Evaluation,
+    Metric,
+    ModelEvaluation,
+    Reliability,
+)
+
+MINUS = "\N{MINUS SIGN}"
 
 SCORES: Mapping[str, str] = {
     "max_probability": "max probability",
@@ -19,7 +29,7 @@ SCORES: Mapping[str, str] = {
 
 AXES = {
     **SCORES,
-    "max_probability": "1 − max probability",
+    "max_probability": f"1 {MINUS} max probability",
     "entropy": "entropy (nats)",
     "mutual_information": "mutual information (nats)",
 }
@@ -56,7 +66,7 @@ class Group:
 def write_number(value: float | None, percent: bool = False) -> str:
     """Three significant digits; a dash for what is not finite."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "\N{EN DASH}"
     if value == 0:
         return "0%" if percent else "0"
     value = 100 * value if percent else value
@@ -67,7 +77,7 @@ def write_number(value: float | None, percent: bool = False) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"{value:#.3g}".removesuffix(".")
-    return (text + "%" if percent else text).replace("-", "−")
+    return (text + "%" if percent else text).replace("-", MINUS)
 
 
 def write_metric(metric: Metric, value: float | None) -> str:
@@ -98,7 +108,9 @@ def _reliability(k: int, model: ModelEvaluation, found: Reliability, levels: boo
         right = sum(share * y for share, _, y in kept) / whole
         verdict = "surer than right" if sure > right else "less sure than right"
         text = f"{write_number(sure, True)} sure on average, {write_number(right, True)} right: {verdict}."
-    svg = plots.draw_reliability(f"reliability-{k}", f"Reliability diagram of {model.name}. {text}", found, levels=levels)
+    svg = plots.draw_reliability(
+        f"reliability-{k}", f"Reliability diagram of {model.name}. {text}", found, levels=levels
+    )
     ece = model.figures.get("ece")
     return Panel(model.name, svg, text, () if ece is None else (Key("", "ECE", write_number(ece)),))
 
@@ -155,7 +167,9 @@ def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Ite
     for k, model in enumerate(evaluation.models):
         sets = model.histograms.get(score, {})
         known, unknown = sets.get(""), sets.get(data)
-        if known is None or unknown is None or not any(map(_is_number, known.shares)):
+        if known is None or unknown is None or not all(map(_is_number, (*known.edges, *unknown.edges))):
+            continue
+        if not any(map(_is_number, known.shares)):
             continue
         overlap = sum(map(min, known.shares, unknown.shares)) if known.edges == unknown.edges else math.nan
         text = f"The two overlap by {write_number(overlap, True)}." if _is_number(overlap) else ""
@@ -179,7 +193,9 @@ def _roc(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[P
 
 def _sets(evaluation: Evaluation) -> dict[str, None]:
     """The sets of out-of-distribution data, in the order that they were given."""
-    return dict.fromkeys([*evaluation.ood, *(data for model in evaluation.models for data in (*model.detection, *model.roc))])
+    return dict.fromkeys(
+        [*evaluation.ood, *(data for model in evaluation.models for data in (*model.detection, *model.roc))]
+    )
 
 
 def detection_sets(evaluation: Evaluation) -> tuple[str, ...]:
@@ -222,7 +238,9 @@ def _severities(evaluation: Evaluation, kind: str, name: str) -> dict[int, list[
     return lines
 
 
-def _corruption(evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], top: float) -> Panel:
+def _corruption(
+    evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], top: float
+) -> Panel:
     metric = METRICS[name]
     keys = tuple(Key(k, evaluation.models[k].name, write_metric(metric, line[-1])) for k, line in lines.items())
     last = max(map(len, lines.values())) - 1

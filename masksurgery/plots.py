@@ -113,7 +113,9 @@ def draw_risk_coverage(
         for k, (coverage, risk) in points.items():
             axes.plot(coverage, risk, "o", markersize=11, markerfacecolor="none", markeredgewidth=1.8,
                       markeredgecolor=_SENTINELS[series(k).role], zorder=4)  # fmt: skip
-        axes.set(xlim=(0, 1.01), ylim=(0, end_of_axis([c.y for c in curves.values()] + [(y,) for _, y in points.values()])))
+        axes.set(
+            xlim=(0, 1.01), ylim=(0, end_of_axis([c.y for c in curves.values()] + [(y,) for _, y in points.values()]))
+        )
         _label(axes, "coverage", "error" if percent else "squared error", percent="xy" if percent else "x")
 
     return _svg(name, label, 260, paint)
@@ -126,10 +128,11 @@ def draw_histograms(name: str, label: str, known: Histogram, unknown: Histogram,
         axes = _axes(figure)
         known_color, unknown_color = _SENTINELS["known"], _SENTINELS["unknown"]
         shares = [[_number(y) for y in x.shares] for x in (known, unknown)]
+        first, last = known.edges[0], known.edges[-1]
         axes.stairs(shares[0], known.edges, fill=True, color=known_color, alpha=0.35)
         axes.stairs(shares[0], known.edges, color=known_color, linewidth=1.2)
         axes.stairs(shares[1], unknown.edges, color=unknown_color, linewidth=2, linestyle=(0, (3, 1.2)))
-        axes.set(xlim=(known.edges[0], known.edges[-1]), ylim=(0, end_of_axis(shares)))
+        axes.set(xlim=(first, last if last > first else first + 1), ylim=(0, end_of_axis(shares)))
         _label(axes, score, "share of images", percent="y")
 
     return _svg(name, label, 240, paint)
@@ -174,12 +177,16 @@ def _svg(name: str, label: str, height: int, paint: Callable[[Figure], None]) ->
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(f'A report needs matplotlib ({error}). Install it: pip install "masksurgery[evaluate]".') from error
+        raise ConfigError(
+            f'A report needs matplotlib ({error}). Install it: pip install "masksurgery[evaluate]".'
+        ) from error
     with style.context(["default", {**_style(), "svg.hashsalt": name}]):  # whatever the user's own settings are
         figure = Figure((WIDTH / 72, height / 72), dpi=72)
         paint(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     return _embed(text.getvalue(), label, height)
 
 
@@ -238,7 +245,9 @@ def _line(axes: Axes, k: int, x: Iterable[float], y: Iterable[float], every: flo
     look, values = series(k), [_number(value) for value in y]
     color = _SENTINELS[look.role]
     shift = (0.04 + 0.02 * (k % 8), 0.2) if every is None and len(values) > 2 else None
-    (line,) = axes.plot(list(x), values, color=color, linewidth=1.8, marker=look.marker, markersize=5.5, markevery=shift)
+    (line,) = axes.plot(
+        list(x), values, color=color, linewidth=1.8, marker=look.marker, markersize=5.5, markevery=shift
+    )
     line.set(markeredgecolor=color, markerfacecolor=color)
     if look.dashes:
         line.set_dashes(look.dashes)

@@ -51,15 +51,22 @@ def render_report(evaluation: Evaluation) -> str:
     """The page as text; see `write_report`."""
     if not evaluation.models:
         raise EvaluationError(f"{evaluation.data}: there is no model to report. Evaluate one first.")
-    return _environment().get_template("report.html.j2").render(
-        evaluation=evaluation,
-        compared=_compared(evaluation),
-        cards=_cards(evaluation),
-        rows=_rows(evaluation),
-        reliability=panels.reliability_panels(evaluation),
-        risk=panels.risk_panels(evaluation),
-        sets=[(s, _detection_rows(evaluation, s), panels.detection_groups(evaluation, s)) for s in panels.detection_sets(evaluation)],
-        corruption=panels.corruption_groups(evaluation),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            evaluation=evaluation,
+            compared=_compared(evaluation),
+            cards=_cards(evaluation),
+            rows=_rows(evaluation),
+            reliability=panels.reliability_panels(evaluation),
+            risk=panels.risk_panels(evaluation),
+            sets=[
+                (s, _detection_rows(evaluation, s), panels.detection_groups(evaluation, s))
+                for s in panels.detection_sets(evaluation)
+            ],
+            corruption=panels.corruption_groups(evaluation),
+        )
     )
 
 
@@ -67,7 +74,9 @@ def _environment() -> Environment:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ConfigError(f'A report needs Jinja2 ({error}). Install it: pip install "masksurgery[evaluate]".') from error
+        raise ConfigError(
+            f'A report needs Jinja2 ({error}). Install it: pip install "masksurgery[evaluate]".'
+        ) from error
     environment = Environment(
         loader=PackageLoader("masksurgery"),
         autoescape=True,
@@ -76,13 +85,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "DETECTION": DETECTION, "GALLERIES": GALLERIES, "METRICS": METRICS, "SCORES": panels.SCORES, "VOTES": VOTES,
+        "DETECTION": DETECTION,
+        "GALLERIES": GALLERIES,
+        "METRICS": METRICS,
+        "SCORES": panels.SCORES,
+        "VOTES": VOTES,
         "series": plots.series,
-    }  # fmt: skip
-    environment.filters |= {
-        "number": panels.write_number, "picture": embed_picture, "count_votes": count_votes, "threshold": write_threshold,
-        "share_of": share_of, "finite": lambda value: value if math.isfinite(value) else 0.0,
-    }  # fmt: skip
+    }
+    filters = (count_votes, embed_picture, find_largest, share_of, write_threshold, write_verdicts)
+    environment.filters |= {f.__name__: f for f in filters} | {"number": panels.write_number}
     return environment
 
 
@@ -130,15 +141,23 @@ def _card(metric: Metric, title: str, before: float | None, after: float | None)
     if before is None or after is None:
         return Card(title, metric.text, None, texts[1])
     if not (math.isfinite(before) and math.isfinite(after)) or metric.better is None:
-        return Card(title, metric.text, *texts)
+        return Card(title, metric.text, texts[0], texts[1])
     if texts[0] == texts[1]:
-        return Card(title, metric.text, *texts, "equal")
+        return Card(title, metric.text, texts[0], texts[1], "equal")
     verdict = "better" if (after > before) == (metric.better == "higher") else "worse"
     if metric.percent:
         change = f"by {panels.write_number(100 * abs(after - before))} points"
     else:
         change = f"by {panels.write_number(abs(after / before - 1), percent=True)}" if before else ""
-    return Card(title, metric.text, *texts, verdict, change)
+    return Card(title, metric.text, texts[0], texts[1], verdict, change)
+
+
+def write_verdicts(cards: Sequence[Card]) -> str:
+    """Such as "4 got better and 1 stayed the same"."""
+    texts = {"better": "got better", "worse": "got worse", "equal": "stayed the same", None: "cannot be compared"}
+    counts = Counter(card.verdict for card in cards)
+    *others, last = [f"{counts[verdict]} {text}" for verdict, text in texts.items() if counts[verdict]]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -163,7 +182,9 @@ def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[t
     for score, title in panels.SCORES.items():
         found = [(model.name, model.detection.get(data, {}).get(score)) for model in evaluation.models]
         names = [name for name, figures in found if figures]
-        columns = [_cells(metric, [figures.get(key) for _, figures in found if figures]) for key, metric in DETECTION.items()]
+        columns = [
+            _cells(metric, [figures.get(key) for _, figures in found if figures]) for key, metric in DETECTION.items()
+        ]
         if names:
             tables.append((title, [(name, [column[k] for column in columns]) for k, name in enumerate(names)]))
     return tables
@@ -172,7 +193,9 @@ def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[t
 def _cells(metric: Metric, values: Sequence[float | None]) -> list[Cell]:
     """The best are marked, unless all are equal. What cannot be told apart in the text is equal."""
     texts = ["" if value is None else panels.write_metric(metric, value) for value in values]
-    ranked = sorted((value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value))
+    ranked = sorted(
+        (value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value)
+    )
     if metric.better is None or len({text for _, text in ranked}) < 2:
         return [Cell(text) for text in texts]
     best = ranked[-1 if metric.better == "higher" else 0][1]
@@ -187,7 +210,9 @@ def embed_picture(image: bytes, name: str) -> str:
     for start, kind in _PICTURES.items():
         if image.startswith(start):
             return f"data:{kind};base64,{base64.b64encode(image).decode()}"
-    raise EvaluationError(f"{name!r}: the picture begins with {image[:8]!r}, and is neither PNG nor JPEG. Encode it as one.")
+    raise EvaluationError(
+        f"{name!r}: the picture begins with {image[:8]!r}, and is neither PNG nor JPEG. Encode it as one."
+    )
 
 
 def count_votes(votes: Sequence[Vote]) -> list[tuple[str, int]]:
@@ -200,6 +225,11 @@ def write_threshold(threshold: Threshold | None) -> str:
         return ""
     sign = "≥" if threshold.score == "max_probability" else "≤"
     return f"{threshold.score.replace('_', ' ')} {sign} {panels.write_number(threshold.value)}"
+
+
+def find_largest(rows: Sequence[Sequence[float]]) -> float:
+    """The largest number of a matrix; 0 if there is none."""
+    return max((x for row in rows for x in row if math.isfinite(x)), default=0.0)
 
 
 def share_of(value: float | None, whole: float) -> str:
