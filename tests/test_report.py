@@ -259,9 +259,9 @@ def test_models_differ_in_more_than_colour() -> None:
     ("value", "percent", "text"),
     [
         (0.97345, True, "97.3%"), (1.0, True, "100%"), (0.0, True, "0%"), (0.00012, True, "0.0120%"),
-        (0.5, False, "0.500"), (7, False, "7.00"), (0.0, False, "0"), (12345.6, False, "12,346"), (999.7, False, "1,000"),
-        (3.2e-6, False, "3.20·10⁻⁶"), (2.5e9, False, "2.50·10⁹"), (-1.5, False, f"{MINUS}1.50"),
-        (float("nan"), True, DASH), (float("inf"), False, DASH), (None, False, DASH),
+        (0.5, False, "0.500"), (7, False, "7.00"), (0.0, False, "0"), (12345.6, False, "12,346"),
+        (999.7, False, "1,000"), (3.2e-6, False, "3.20·10⁻⁶"), (2.5e9, False, "2.50·10⁹"),
+        (-1.5, False, f"{MINUS}1.50"), (float("nan"), True, DASH), (float("inf"), False, DASH), (None, False, DASH),
     ],
 )  # fmt: skip
 def test_numbers_have_three_digits(value: float | None, percent: bool, text: str) -> None:
