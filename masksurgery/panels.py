@@ -12,11 +12,12 @@ from masksurgery.evaluation import (
     METRICS,
     Curve,
     Evaluation,
-    Histogram,
     Metric,
     ModelEvaluation,
     Reliability,
 )
+
+MINUS = "\N{MINUS SIGN}"
 
 SCORES: Mapping[str, str] = {
     "max_probability": "max probability",
@@ -28,7 +29,7 @@ SCORES: Mapping[str, str] = {
 
 AXES = {
     **SCORES,
-    "max_probability": "1 − max probability",
+    "max_probability": f"1 {MINUS} max probability",
     "entropy": "entropy (nats)",
     "mutual_information": "mutual information (nats)",
 }
@@ -65,7 +66,7 @@ class Group:
 def write_number(value: float | None, percent: bool = False) -> str:
     """Three significant digits; a dash for what is not finite."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "\N{EN DASH}"
     if value == 0:
         return "0%" if percent else "0"
     value = 100 * value if percent else value
@@ -76,7 +77,7 @@ def write_number(value: float | None, percent: bool = False) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"{value:#.3g}".removesuffix(".")
-    return (text + "%" if percent else text).replace("-", "−")
+    return (text + "%" if percent else text).replace("-", MINUS)
 
 
 def write_metric(metric: Metric, value: float | None) -> str:
@@ -166,7 +167,9 @@ def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Ite
     for k, model in enumerate(evaluation.models):
         sets = model.histograms.get(score, {})
         known, unknown = sets.get(""), sets.get(data)
-        if known is None or unknown is None or not any(map(_is_number, known.shares)):
+        if known is None or unknown is None or not all(map(_is_number, (*known.edges, *unknown.edges))):
+            continue
+        if not any(map(_is_number, known.shares)):
             continue
         overlap = sum(map(min, known.shares, unknown.shares)) if known.edges == unknown.edges else math.nan
         text = f"The two overlap by {write_number(overlap, True)}." if _is_number(overlap) else ""

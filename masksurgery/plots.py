@@ -21,6 +21,8 @@ WIDTH = 340
 
 FONT_SIZE = 11.5
 
+BOTTOM = 40
+
 ROLES = ("ink", "muted", "line", "bar", "known", "unknown", *(f"series-{k}" for k in range(6)))
 """The colours of a drawing: custom properties of the page, which has values of them for light and for dark."""
 
@@ -76,7 +78,7 @@ def draw_reliability(name: str, label: str, found: Reliability, *, levels: bool 
     """
 
     def paint(figure: Figure) -> None:
-        upper = _axes(figure, bottom=46 if levels else 122)
+        upper = _axes(figure, bottom=BOTTOM if levels else 116)
         upper.plot([0, 1], [0, 1], color=_SENTINELS["muted"], dashes=(4, 3), linewidth=1)
         pairs = zip(map(_number, found.confidence), map(_number, found.accuracy), strict=True)
         points = [(x, y) for x, y in pairs if math.isfinite(x + y)]
@@ -84,7 +86,7 @@ def draw_reliability(name: str, label: str, found: Reliability, *, levels: bool 
             edges = [k / len(found.shares) for k in range(len(found.shares) + 1)]
             heights = [_number(y) for y in found.accuracy]
             upper.bar(edges[:-1], heights, 0.94 / len(heights), align="edge", color=_SENTINELS["bar"])
-            lower = _axes(figure, bottom=46, height=34)
+            lower = _axes(figure, bottom=BOTTOM, height=34)
             lower.bar(edges[:-1], [_number(y) for y in found.shares], 0.94 / len(edges[1:]), align="edge",
                       color=_SENTINELS["muted"])  # fmt: skip
             lower.set(xlim=(0, 1), ylim=(0, 1.02 * max(filter(math.isfinite, found.shares), default=1) or 1))
@@ -98,7 +100,7 @@ def draw_reliability(name: str, label: str, found: Reliability, *, levels: bool 
         titles = ("level of the interval", "truths inside") if levels else ("", "right answers")
         _label(upper, *titles, percent="xy")
 
-    return _svg(name, label, 260 if levels else 330, paint)
+    return _svg(name, label, 255 if levels else 325, paint)
 
 
 def draw_risk_coverage(
@@ -128,10 +130,11 @@ def draw_histograms(name: str, label: str, known: Histogram, unknown: Histogram,
         axes = _axes(figure)
         known_color, unknown_color = _SENTINELS["known"], _SENTINELS["unknown"]
         shares = [[_number(y) for y in x.shares] for x in (known, unknown)]
+        first, last = known.edges[0], known.edges[-1]
         axes.stairs(shares[0], known.edges, fill=True, color=known_color, alpha=0.35)
         axes.stairs(shares[0], known.edges, color=known_color, linewidth=1.2)
         axes.stairs(shares[1], unknown.edges, color=unknown_color, linewidth=2, linestyle=(0, (3, 1.2)))
-        axes.set(xlim=(known.edges[0], known.edges[-1]), ylim=(0, end_of_axis(shares)))
+        axes.set(xlim=(first, last if last > first else first + 1), ylim=(0, end_of_axis(shares)))
         _label(axes, score, "share of images", percent="y")
 
     return _svg(name, label, 240, paint)
@@ -219,7 +222,7 @@ def _style() -> dict[str, Any]:
     }
 
 
-def _axes(figure: Figure, bottom: float = 46, height: float | None = None) -> Axes:
+def _axes(figure: Figure, bottom: float = BOTTOM, height: float | None = None) -> Axes:
     """Axes with the same margins in all figures, so that those of a row are in line; the title stands above them."""
     left, right, top, whole = 46, 20, 30, figure.get_figheight() * 72
     height = whole - bottom - top if height is None else height

@@ -85,13 +85,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "DETECTION": DETECTION, "GALLERIES": GALLERIES, "METRICS": METRICS, "SCORES": panels.SCORES, "VOTES": VOTES,
+        "DETECTION": DETECTION,
+        "GALLERIES": GALLERIES,
+        "METRICS": METRICS,
+        "SCORES": panels.SCORES,
+        "VOTES": VOTES,
         "series": plots.series,
-    }  # fmt: skip
-    environment.filters |= {
-        "number": panels.write_number, "picture": embed_picture, "count_votes": count_votes, "threshold": write_threshold,
-        "share_of": share_of, "finite": lambda value: value if math.isfinite(value) else 0.0,
-    }  # fmt: skip
+    }
+    filters = (count_votes, embed_picture, find_largest, share_of, write_threshold, write_verdicts)
+    environment.filters |= {f.__name__: f for f in filters} | {"number": panels.write_number}
     return environment
 
 
@@ -139,15 +141,23 @@ def _card(metric: Metric, title: str, before: float | None, after: float | None)
     if before is None or after is None:
         return Card(title, metric.text, None, texts[1])
     if not (math.isfinite(before) and math.isfinite(after)) or metric.better is None:
-        return Card(title, metric.text, *texts)
+        return Card(title, metric.text, texts[0], texts[1])
     if texts[0] == texts[1]:
-        return Card(title, metric.text, *texts, "equal")
+        return Card(title, metric.text, texts[0], texts[1], "equal")
     verdict = "better" if (after > before) == (metric.better == "higher") else "worse"
     if metric.percent:
         change = f"by {panels.write_number(100 * abs(after - before))} points"
     else:
         change = f"by {panels.write_number(abs(after / before - 1), percent=True)}" if before else ""
-    return Card(title, metric.text, *texts, verdict, change)
+    return Card(title, metric.text, texts[0], texts[1], verdict, change)
+
+
+def write_verdicts(cards: Sequence[Card]) -> str:
+    """Such as "4 got better and 1 stayed the same"."""
+    texts = {"better": "got better", "worse": "got worse", "equal": "stayed the same", None: "cannot be compared"}
+    counts = Counter(card.verdict for card in cards)
+    *others, last = [f"{counts[verdict]} {text}" for verdict, text in texts.items() if counts[verdict]]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -215,6 +225,11 @@ def write_threshold(threshold: Threshold | None) -> str:
         return ""
     sign = "≥" if threshold.score == "max_probability" else "≤"
     return f"{threshold.score.replace('_', ' ')} {sign} {panels.write_number(threshold.value)}"
+
+
+def find_largest(rows: Sequence[Sequence[float]]) -> float:
+    """The largest number of a matrix; 0 if there is none."""
+    return max((x for row in rows for x in row if math.isfinite(x)), default=0.0)
 
 
 def share_of(value: float | None, whole: float) -> str:

@@ -10,82 +10,13 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 WIDTHS = (390, 1280)
 SCHEMES = ("light", "dark")
 
-# Finds, in the page: where boxes are, how large letters are, and how far they stand out from what is behind them.
-INSPECT = r"""
-const width = document.documentElement.clientWidth, faults = [];
-const name = e => `<${e.tagName.toLowerCase()} class="${e.getAttribute('class') || ''}"> ${(e.textContent || '').trim().slice(0, 40)}`;
-const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-const paint = colors => {  // the colour, 0 to 255, of one over the other
-  canvas.clearRect(0, 0, 1, 1);
-  for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
-  return [...canvas.getImageData(0, 0, 1, 1).data];
-};
-const luminance = ([r, g, b]) => {
-  const [x, y, z] = [r, g, b].map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
-  return .2126 * x + .7152 * y + .0722 * z;
-};
-const contrast = (a, b) => { const [x, y] = [luminance(a), luminance(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-const behind = e => {
-  const colors = [];
-  for (; e; e = e.parentElement) {
-    const style = getComputedStyle(e);
-    if (style.backgroundImage !== 'none') colors.unshift(style.getPropertyValue('--bar'));  // the only picture behind text
-    colors.unshift(style.backgroundColor);
-  }
-  return paint(['white', ...colors]);
-};
-const scrolls = e => { for (; e; e = e.parentElement) if (getComputedStyle(e).overflowX === 'auto') return true; return false; };
-
-const overflow = document.documentElement.scrollWidth - width;
-if (overflow > 0) {
-  const wide = [...document.body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > width + .5 && !scrolls(e));
-  faults.push(`the page is ${overflow} px too wide: ` + wide.slice(-3).map(name).join('; '));
-}
-for (const e of document.querySelectorAll('figure, figure > svg, img, table')) {
-  const box = e.getBoundingClientRect(), shown = e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true});
-  if (!shown || box.width < 16 || box.height < 16) faults.push('not visible: ' + name(e));
-  if (!scrolls(e) && (box.left < -.5 || box.right > width + .5)) faults.push('beyond the edge: ' + name(e));
-  if (e.tagName === 'IMG' && !(e.complete && e.naturalWidth)) faults.push('no picture: ' + e.alt);
-  if (e.tagName === 'svg') {
-    const drawn = [...e.querySelectorAll('path')].filter(p => {
-      const style = getComputedStyle(p), b = p.getBoundingClientRect();
-      return (style.stroke !== 'none' || style.fill !== 'none') && b.width + b.height > 0;
-    });
-    if (drawn.length < 5) faults.push(`a drawing of ${drawn.length} paths: ` + e.getAttribute('aria-label'));
-    if (!e.getAttribute('aria-label')) faults.push('a drawing without a label');
-    for (const p of e.querySelectorAll('[clip-path], use')) {
-      const id = (p.getAttribute('clip-path') || p.getAttribute('href')).replace(/^url\(|\)$/g, '').slice(1);
-      if (!e.querySelector(`[id="${id}"]`)) faults.push('a drawing lacks #' + id);
-    }
-  }
-}
-const ids = [...document.querySelectorAll('[id]')].map(e => e.id), twice = ids.filter((id, k) => ids.indexOf(id) !== k);
-if (twice.length) faults.push('ids that are not unique: ' + twice.slice(0, 5));
-const ratios = new Map();
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-for (let node; node = walker.nextNode();) {
-  const e = node.parentElement, style = getComputedStyle(e);
-  if (!node.data.trim() || !e.checkVisibility()) continue;
-  const drawing = e.closest('figure > svg');
-  const box = drawing && drawing.getBoundingClientRect(), view = drawing && drawing.viewBox.baseVal;
-  const size = parseFloat(style.fontSize) * (drawing ? box.width / view.width : 1);
-  if (size < 10) faults.push(`letters of ${size.toFixed(1)} px: ` + name(e));
-  if (drawing) {
-    const b = e.getBoundingClientRect();
-    if (b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1)
-      faults.push('cut off in a drawing: ' + name(e));
-  }
-  const front = drawing ? style.fill : style.color, back = behind(drawing ? drawing.parentElement : e);
-  const ratio = contrast(paint([`rgb(${back.slice(0, 3)})`, front]), back);
-  if (ratio < 4.5) faults.push(`contrast of ${ratio.toFixed(2)}: ` + name(e));
-}
-if (document.scripts.length) faults.push('the page has a script');
-return {faults: [...new Set(faults)], background: behind(document.body).slice(0, 3).join()};
-"""
+INSPECT = Path(__file__).with_suffix(".js")
+"""Run in the page, this lists what is wrong with it."""
 
 
 def check_page(file: Path, screenshots: Path | None = None) -> None:
@@ -104,13 +35,14 @@ def check_page(file: Path, screenshots: Path | None = None) -> None:
         for width in WIDTHS:
             for scheme in SCHEMES:
                 _emulate(browser, width, scheme)
-                browser.get(file.absolute().as_uri())
-                found = browser.execute_script(INSPECT)
+                _open(browser, file)
+                found = browser.execute_script(INSPECT.read_text(encoding="utf-8"))
                 if screenshots is not None:
                     _screenshot(browser, width, screenshots / f"{file.stem}-{width}-{scheme}.png")
                 where = f"{file.name}, {width} px, {scheme}"
                 assert found["faults"] == [], f"{where}: " + "\n".join(found["faults"])
-                assert (_failures(browser, file), _console(browser)) == ([], []), where
+                troubles = _failures(browser, file) + _console(browser)
+                assert troubles == [], f"{where}: " + "\n".join(troubles)
                 backgrounds[width, scheme] = found["background"]
     for width in WIDTHS:
         assert backgrounds[width, "light"] != backgrounds[width, "dark"], f"{file.name}: no dark scheme at {width} px"
@@ -119,7 +51,7 @@ def check_page(file: Path, screenshots: Path | None = None) -> None:
 def read_text(file: Path, selector: str) -> list[str]:
     """What the elements say that a CSS selector finds."""
     with _chromium() as browser:
-        browser.get(file.absolute().as_uri())
+        _open(browser, file)
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
         return list(browser.execute_script(script, selector))
 
@@ -141,6 +73,15 @@ def _chromium() -> Iterator[webdriver.Chrome]:
         browser.quit()
 
 
+def _open(browser: webdriver.Chrome, file: Path) -> None:
+    """Open a page, and wait until all of it is there: for the driver may take the page before for this one."""
+    address = file.absolute().as_uri()
+    browser.get("about:blank")
+    browser.get(address)
+    ready = "return document.readyState === 'complete' && location.href === arguments[0]"
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script(ready, address))
+
+
 def _emulate(browser: webdriver.Chrome, width: int, scheme: str) -> None:
     metrics = {"width": width, "height": 844 if width < 800 else 800, "deviceScaleFactor": 1, "mobile": width < 800}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -159,7 +100,7 @@ def _failures(browser: webdriver.Chrome, file: Path) -> list[str]:
         if event["method"] == "Network.requestWillBeSent":
             url = event["params"]["request"]["url"]
             seen = seen or url == file.absolute().as_uri()
-            if url != file.absolute().as_uri() and not url.startswith("data:"):
+            if url not in (file.absolute().as_uri(), "about:blank") and not url.startswith("data:"):
                 failures.append(url)
     return failures if seen else ["the log does not have the request of the page"]
 

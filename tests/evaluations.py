@@ -154,8 +154,15 @@ def classifier(
     """A classifier with everything that one can have; `quality` from 0 to 1 moves all figures."""
     rng = np.random.default_rng(seed)
     accuracy = 0.9 + 0.08 * quality
-    figures = {"accuracy": accuracy, "top5": 0.99 + 0.009 * quality, "nll": 0.4 - 0.2 * quality, "brier": 0.14 - 0.04 * quality,
-               "ece": 0.06 - 0.045 * quality, "adaptive_ece": 0.055 - 0.04 * quality, "aurc": 0.02 - 0.008 * quality}  # fmt: skip
+    figures = {
+        "accuracy": accuracy,
+        "top5": 0.99 + 0.009 * quality,
+        "nll": 0.4 - 0.2 * quality,
+        "brier": 0.14 - 0.04 * quality,
+        "ece": 0.06 - 0.045 * quality,
+        "adaptive_ece": 0.055 - 0.04 * quality,
+        "aurc": 0.02 - 0.008 * quality,
+    }
     members: tuple[float, ...] = ()
     pairs: tuple[tuple[float, ...], ...] = ()
     if n > 1:
@@ -208,9 +215,15 @@ def classification(labels: Sequence[str] = tuple(map(str, range(8)))) -> Evaluat
     base = classifier("resnet10t", 0.3, ood=ood, labels=labels)
     tuned = classifier("runs/resnet10t-masked", 0.8, n=4, seed=1, ood=ood, labels=labels)
     return Evaluation(
-        "scikit-learn's digits, 0 to 7", 719, "classification", (base, refusing(tuned, Threshold("entropy", 0.62))),
-        fitted_on=180, ood={"digits 8 and 9": 354, "noise": 500}, classes=tuple(labels), versions=VERSIONS,
-    )  # fmt: skip
+        "scikit-learn's digits, 0 to 7",
+        719,
+        "classification",
+        (base, refusing(tuned, Threshold("entropy", 0.62))),
+        fitted_on=180,
+        ood={"digits 8 and 9": 354, "noise": 500},
+        classes=tuple(labels),
+        versions=VERSIONS,
+    )
 
 
 def hostile() -> Evaluation:
@@ -223,30 +236,49 @@ def hostile() -> Evaluation:
     shown = {"wrong": gallery(rng, photo, HOSTILE, 4, right=False, names=HOSTILE)}
     models[3] = ModelEvaluation(**(vars(models[3]) | {"galleries": shown}))
     return Evaluation(
-        HOSTILE[0], 1000, "classification", tuple(models), ood=dict.fromkeys(HOSTILE[:2], 50), classes=HOSTILE,
+        HOSTILE[0],
+        1000,
+        "classification",
+        tuple(models),
+        ood=dict.fromkeys(HOSTILE[:2], 50),
+        classes=HOSTILE,
         versions={HOSTILE[0]: HOSTILE[1]},
-    )  # fmt: skip
+    )
 
 
 def regression() -> Evaluation:
     def model(name: str, n: int, rmse: float) -> ModelEvaluation:
         levels = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
         samples = tuple(
-            Sample(f"faces/{k}.jpg", photo(k), f"{30 + k}", f"{31.5 + k:.3g}", None, {"variance": 2.5 + k},
-                   tuple(Vote(f"{30 + k + i:.3g}") for i in range(n)))
+            Sample(
+                f"faces/{k}.jpg",
+                photo(k),
+                f"{30 + k}",
+                f"{31.5 + k:.3g}",
+                None,
+                {"variance": 2.5 + k},
+                tuple(Vote(f"{30 + k + i:.3g}") for i in range(n)),
+            )
             for k in range(8)
-        )  # fmt: skip
+        )
         figures = {"rmse": rmse, "crps": rmse * 0.55}
         if n > 1:
             figures |= {"nll": 2.1, "coverage90": 0.834, "aurc": rmse**2 * 0.7, "spread": rmse * 0.8}
         return ModelEvaluation(
-            name, "converted" if n > 1 else "base", n, figures,
+            name,
+            "converted" if n > 1 else "base",
+            n,
+            figures,
             members=tuple(rmse * (1 + 0.03 * i) for i in range(n)) if n > 1 else (),
             reliability=Reliability(levels, tuple(x * 0.93 for x in levels), (1 / 11,) * 11) if n > 1 else None,
             risk_coverage={"variance": risk_coverage(rmse**2)} if n > 1 else {},
-            corruption={"blur": tuple({"rmse": rmse * (1 + k / 4), **({"nll": 2.1 + k / 3} if n > 1 else {})} for k in range(1, 6))},
+            corruption={
+                "blur": tuple(
+                    {"rmse": rmse * (1 + k / 4), **({"nll": 2.1 + k / 3} if n > 1 else {})} for k in range(1, 6)
+                )
+            },
             galleries={"surest": samples, "uncertain": samples[::-1]} if n > 1 else {},
-        )  # fmt: skip
+        )
 
     return Evaluation("ages", 2000, "regression", (model("vit_tiny", 1, 6.21), model("vit_tiny-masked", 4, 5.87)))
 
@@ -302,10 +334,17 @@ def many() -> Evaluation:
     """Twelve models, 1,000 classes."""
     labels = tuple(f"class number {k}" for k in range(1000))
     models = tuple(
-        classifier(f"vit_small_patch16_224.augreg_in21k_ft_in1k-scale{k}", k / 12, n=k % 5 + 1, seed=k, ood=("textures",),
-                   labels=labels, galleries={})
+        classifier(
+            f"vit_small_patch16_224.augreg_in21k_ft_in1k-scale{k}",
+            k / 12,
+            n=k % 5 + 1,
+            seed=k,
+            ood=("textures",),
+            labels=labels,
+            galleries={},
+        )
         for k in range(12)
-    )  # fmt: skip
+    )
     return Evaluation(
         "ImageNet", 50_000, "classification", models, ood={"textures": 5640}, classes=labels, versions=VERSIONS
     )
