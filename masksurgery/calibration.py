@@ -30,8 +30,8 @@ class TemperatureFit(Metric):
     """The temperature that makes held-out data most likely, see `Head.temperature`.
 
     Classes and labels: what divides the members' logits. The negative log-likelihood of the members' mixture is summed
-    up for 121 temperatures from 0.05 to 20; the lowest point of the parabola through the three lowest is taken. Where one
-    end is the best, as with predictions that are all right, the data determine none, and it stays 1.
+    up for 121 temperatures from 0.05 to 20; the lowest point of the parabola through the three lowest is taken. Where
+    one end is the best, as with predictions that are all right, the data determine none, and it stays 1.
     Regression: what multiplies the standard deviation; of a normal distribution the best is known,
     T^2 = mean((y - mean)^2 / variance).
 
@@ -141,7 +141,7 @@ def _lowest(nll: np.ndarray) -> float:
         return 1.0
     if lowest[0] or lowest[last]:
         logger.warning(
-            "The held-out images determine no temperature, and it stays 1: the predictions are %s. Hold out more images.",
+            "The held-out images determine no temperature, and it stays 1: the predictions are %s. Hold out more.",
             "all right, however confident" if lowest[0] else "no better than chance",
         )
         return 1.0
@@ -160,7 +160,7 @@ def fit_threshold(
         ranked: The scores of held-out images; for `risk` with their losses.
         score: To refuse by.
         coverage: The smallest threshold that answers at least this share, in (0, 1].
-        risk: The largest share that has at most this mean loss. Images whose scores are in one bin of 0.1% are
+        risk: The largest share that has at most this mean loss. Images whose scores are in one bin of 0.025% are
             answered together.
     Raises:
         ConfigError: Not one of the two is given, or it is out of range.

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
 
 from masksurgery.checkpoint import save
 from masksurgery.convert import convert
@@ -17,7 +16,7 @@ from masksurgery.data import DataConfig
 from masksurgery.evaluate import evaluate
 from masksurgery.evaluation import Evaluation
 from masksurgery.evaluation_config import EvaluateConfig
-from masksurgery.factory import Recipe, create_base
+from masksurgery.factory import create_base
 from masksurgery.finetune import finetune
 from masksurgery.processes import require
 from masksurgery.randomness import forked_random_state, generator, seed_global
@@ -114,17 +113,12 @@ class Demo:
 
     def train(self, epochs: int) -> None:
         """Train the base model from scratch, to the folder `trained`."""
-        with forked_random_state():
-            seed_global("demo", self.seed)
-            base, recipe, inputs = create_base(ARCHITECTURE, pretrained=False, **self.shape)
-        self._save(base, recipe, inputs, self.folder / "untrained")
+        self._convert(self.folder / "untrained", None)
         self._finetune(self.folder / "untrained", self.folder / "trained", epochs, base_only=True)
 
     def convert(self) -> None:
         """Make an ensemble of what `train` has left, in the folder `converted`."""
-        weights = self.folder / "trained" / "model.safetensors"
-        base, recipe, inputs = create_base(ARCHITECTURE, checkpoint=weights, **self.shape)
-        self._save(base, recipe, inputs, self.folder / "converted")
+        self._convert(self.folder / "converted", self.folder / "trained" / "model.safetensors")
 
     def finetune(self, output: Path, epochs: int, base_only: bool = False) -> None:
         """Fine-tune the ensemble, or the base model."""
@@ -135,14 +129,16 @@ class Demo:
         data = DataConfig(str(self.data), val_split="test", seed=self.seed)
         return evaluate([self.base, self.ensemble], data, config=config, observer=observer)
 
-    @property
-    def shape(self) -> dict[str, int]:
-        return {"num_classes": KNOWN, "in_chans": 1, "img_size": SIZE}
-
-    def _save(self, base: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...], folder: Path) -> None:
+    def _convert(self, output: Path, weights: Path | None) -> None:
+        """Convert the architecture with these weights, or with random ones."""
+        with forked_random_state():
+            seed_global("demo", self.seed)
+            base, recipe, inputs = create_base(
+                ARCHITECTURE, pretrained=False, checkpoint=weights, num_classes=KNOWN, in_chans=1, img_size=SIZE
+            )
         model = convert(base, n=4, scale=2.0, seed=self.seed, example_inputs=inputs)
         model.recipe = recipe.to_dict()
-        save(model, folder)
+        save(model, output)
 
     def _finetune(self, source: Path, output: Path, epochs: int, base_only: bool) -> None:
         config = FinetuneConfig(epochs=epochs, lr=RATE, seed=self.seed, workers=0)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from masksurgery.scores import Threshold
+from masksurgery.scores import Score, Threshold
 from masksurgery.types import Task
 from masksurgery.weights import replace_file
 
@@ -166,10 +166,10 @@ class ModelEvaluation:
     members: tuple[float, ...] = ()
     disagreement: tuple[tuple[float, ...], ...] = ()
     reliability: Reliability | None = None
-    risk_coverage: Mapping[str, Curve] = field(default_factory=dict)
-    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
-    detection: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    roc: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    risk_coverage: Mapping[Score, Curve] = field(default_factory=dict)
+    histograms: Mapping[Score, Mapping[str, Histogram]] = field(default_factory=dict)
+    detection: Mapping[str, Mapping[Score, Mapping[str, float]]] = field(default_factory=dict)
+    roc: Mapping[str, Mapping[Score, Curve]] = field(default_factory=dict)
     corruption: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
     galleries: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict, repr=False)
 

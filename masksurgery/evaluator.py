@@ -124,10 +124,15 @@ class Evaluator:
         """Fit the temperature, then the threshold under it; returns the threshold that holds."""
         subject, config = self.subject, self.config
         threshold: Threshold | None = subject.threshold
+        if config.fits and subject.task == "regression" and subject.n == 1 and not subject.heteroscedastic:
+            logger.warning("%s: says no variance, so that nothing can be fitted to it.", subject.name)
+            return None
         if config.temperature:
             assert self.sets.held is not None
             subject.temperature = 1.0
-            fit = TemperatureFit(subject.task, class_dim=subject.class_dim, device=self.device)
+            fit = TemperatureFit(
+                subject.task, class_dim=subject.class_dim, segmentation=subject.segmentation, device=self.device
+            )
             for x, y, _ in self._batches(self.sets.held, "fitting the temperature"):
                 fit.update(self._predict(x), y.to(self.device))
             subject.temperature = fit.compute_temperature()

@@ -61,7 +61,7 @@ class EqualWidth(_Confidence):
 class EqualCount(_Confidence):
     """15 bins of nearly equal count, as numpy.array_split cuts the items in the order of their confidence.
 
-    They are cut out of bins of 0.1% of the distance from certainty; one that is cut gives each side its proportion.
+    They are cut out of bins of 0.025% of the distance from certainty; one that is cut gives each side its proportion.
 
     Source:
         Nixon et al. 2019, arXiv:1904.01685.

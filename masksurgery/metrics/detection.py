@@ -20,7 +20,7 @@ def detect(known: RankedScores, unknown: RankedScores) -> dict[Score, dict[str, 
     Returns:
         "auroc", ties counting half; "aupr" as the average precision sum_i (R_i - R_{i-1}) P_i over the thresholds;
         "fpr95": the share of unknown images that the smallest threshold accepts that accepts at least 95% of the known
-        ones. Scores in one bin, 0.1% wide, are tied.
+        ones. Scores in one bin, 0.025% wide, are tied.
     Raises:
         EvaluationError: One of the two holds no images.
     Source:

@@ -16,7 +16,7 @@ from masksurgery.types import EvaluationError, Task
 
 
 class RankedScores(Metric):
-    """How many images have which score, and the sum of their losses, in bins of 0.1%.
+    """How many images have which score, and the sum of their losses, in bins of 0.025%.
 
     Every figure is made of what `compute` returns, which adds the states of all processes once and remembers them
     until the next update. So all processes ask for a figure, or call `compute` first.
