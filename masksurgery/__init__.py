@@ -5,6 +5,9 @@ from __future__ import annotations
 from masksurgery.checkpoint import load, save
 from masksurgery.convert import convert
 from masksurgery.data import DataConfig, DataError
+from masksurgery.evaluate import evaluate
+from masksurgery.evaluation import Evaluation, ModelEvaluation
+from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.events import Interrupted
 from masksurgery.finetune import finetune
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
@@ -12,6 +15,8 @@ from masksurgery.masks import generate_masks
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.recalibrate import recalibrate
+from masksurgery.report import write_report
+from masksurgery.scores import Threshold
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.transforms import Augmentation
 from masksurgery.types import (
@@ -40,6 +45,8 @@ __all__ = [
     "ConvertedModel",
     "DataConfig",
     "DataError",
+    "EvaluateConfig",
+    "Evaluation",
     "EvaluationError",
     "FinetuneConfig",
     "Interrupted",
@@ -49,17 +56,20 @@ __all__ = [
     "Masksembles2D",
     "Masksembles3D",
     "MasksurgeryError",
+    "ModelEvaluation",
     "Prediction",
     "RegressionPrediction",
     "Site",
     "SiteError",
     "Skipped",
     "Surgery",
+    "Threshold",
     "TraceError",
     "TrainingError",
     "Verification",
     "VerificationError",
     "convert",
+    "evaluate",
     "finetune",
     "generate_masks",
     "load",
@@ -67,4 +77,5 @@ __all__ = [
     "repeat_targets",
     "save",
     "verify",
+    "write_report",
 ]

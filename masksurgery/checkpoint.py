@@ -16,11 +16,13 @@ from masksurgery.convert import build
 from masksurgery.factory import Recipe, from_recipe
 from masksurgery.folders import SavedModel, check_masks, check_replaceable, find_folder
 from masksurgery.model import ConvertedModel
+from masksurgery.prediction import check_temperature
 from masksurgery.rebuild import describe, plain_cfg
-from masksurgery.record import Inputs, read_object
+from masksurgery.record import Inputs, read_object, read_record
 from masksurgery.restore import as_tuples, restore_base, restore_draft
+from masksurgery.scores import Threshold
 from masksurgery.types import CheckpointError, ConfigError, MasksurgeryError
-from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, load_weights, write_folder
+from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, load_weights, replace_file, write_folder
 
 
 def save(model: ConvertedModel, directory: str | Path, *, force: bool = False) -> Path:
@@ -73,6 +75,7 @@ def load(
         draft = restore_draft(saved, own)
         model = build(draft, record.sites, saved.masks, record.skipped)
         model.output = record.output
+        model.temperature, model.threshold = record.temperature or 1.0, record.threshold
     except CheckpointError:
         raise
     except MasksurgeryError as error:
@@ -80,6 +83,31 @@ def load(
     model.surgery = replace(model.surgery, notes=record.notes)
     model.recipe = asdict(record.base) if record.base else None
     return model.eval().to(device)
+
+
+def save_calibration(directory: str | Path, *, temperature: float | None, threshold: Threshold | None) -> None:
+    """Write what was fitted to a saved model into its folder; all else in it stays as it is.
+
+    Args:
+        directory: A folder that `save` wrote.
+        temperature: See `ConvertedModel.temperature`; None for none.
+        threshold: See `ConvertedModel.threshold`; None for none.
+    Raises:
+        ConfigError: The folder is on the hub, a value cannot be, or the model's task does not have the score.
+        CheckpointError: The folder cannot be read or written; what was there before is as it was.
+    """
+    if str(directory).startswith("hf-hub:"):
+        raise ConfigError(
+            f"{directory} is on the hub, which nothing is written to. Save a copy first: "
+            f"masksurgery.save(masksurgery.load({str(directory)!r}), 'copy')."
+        )
+    path = Path(directory) / CONFIG
+    record = read_record(path)
+    factor = 1.0 if temperature is None else check_temperature(temperature)
+    if threshold is not None:
+        threshold.check_task(record.task)
+    text = replace(record, temperature=None if factor == 1 else factor, threshold=threshold).to_json()
+    replace_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def load_base(

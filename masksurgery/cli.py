@@ -1,4 +1,4 @@
-"""The command line: `masksurgery inspect`, `convert`, `finetune` and `predict`."""
+"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from masksurgery.cli_evaluate import demo, evaluate
 from masksurgery.cli_finetune import finetune
 from masksurgery.options import (
     After,
@@ -47,7 +48,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes leave too little of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo)
 app.command()(finetune)
+app.command()(evaluate)
 
 
 def main() -> None:
@@ -236,7 +239,8 @@ def predict(
     """Predict images, and say how sure each prediction is.
 
     For each label a mean and a standard deviation over the members, for each image the entropy and the mutual
-    information in nats. Exit status 1 if an image could not be read.
+    information in nats. Where the model has a threshold, an image that it is not sure enough of is "unsure"; what the
+    answer would have been stands in brackets. Exit status 1 if an image could not be read.
     """
     from masksurgery.checkpoint import load
     from masksurgery.images import Broken, find_images, predict_images, write_csv, write_json

@@ -152,7 +152,7 @@ class ModelEvaluation:
         risk_coverage: The error (of a regression the squared error) over the coverage, by score.
         histograms: Of each image's scores: by score, then by set; "" is the set that is evaluated.
         detection: By set of out-of-distribution data, then by score, the figures in `DETECTION`.
-        roc: By set, then by score: the share of known images refused over the share of unknown ones.
+        roc: By set, then by score: the share of unknown images that is refused (y) over that of the known ones (x).
         corruption: By kind, for the severities 1 to 5, some of `METRICS`.
         galleries: By their names in `GALLERIES`; empty ones are left out.
     """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from masksurgery.images import preprocessing_of
 from masksurgery.losses import Objective, choose_loss
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import check_optimizer, create_mixup
+from masksurgery.processes import accelerated, require
 from masksurgery.runs import TRACKERS, RunFolder
 from masksurgery.trainer import Trainer
 from masksurgery.training_config import FinetuneConfig
@@ -33,10 +34,7 @@ from masksurgery.types import CheckpointError, ConfigError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PATIENCE = timedelta(hours=2)
-"""How long processes wait for the main one, which reads every image once; by default 10 minutes with NCCL."""
-
-INSTALL = 'Fine-tuning runs on Hugging Face Accelerate, which is not installed: pip install "masksurgery[train]".'
+logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -57,6 +55,8 @@ def finetune(
     Beside it stand the last one (`last`), the figures (`metrics.csv`) and the state that `resume` goes on from. On CPU
     a run that was killed and resumed ends with bitwise the weights of one that was not. Every process of
     `accelerate launch` calls this.
+
+    A temperature and a threshold were fitted to the weights before: the result has none, until they are fitted again.
 
     Args:
         model: A converted model, which is not changed, or a folder that `save` wrote.
@@ -84,6 +84,8 @@ def finetune(
     _check_place(folder.path, model, data)
     with _accelerator(config, folder.path) as accelerator:
         converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
+        if not base_only:
+            _forget_fitted(converted, accelerator)
         check_optimizer(config)
         objective, trained = _choose_objective(converted, config), _choose_trained(converted, config)
         outputs = count_outputs(converted)
@@ -136,16 +138,11 @@ def _check_place(output: Path, model: ConvertedModel | str | Path, data: DataCon
             raise ConfigError(f"{output} is what the run reads from. Pass another folder for what it writes.")
 
 
-# --- Accelerate ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]:
-    """Accelerate for one run; what it keeps for the process is given back, if nobody had asked for it before."""
-    if find_spec("accelerate") is None:
-        raise ConfigError(INSTALL)
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
+    """Accelerate as the settings say, with its trackers."""
+    require("accelerate", "train", "Fine-tuning")
+    from accelerate import DistributedDataParallelKwargs
     from accelerate.utils import LoggerType
 
     known = [str(kind.value) for kind in LoggerType if kind is not LoggerType.ALL]
@@ -154,28 +151,18 @@ def _accelerator(config: FinetuneConfig, project: Path) -> Iterator[Accelerator]
             raise ConfigError(f"log_with={name!r} is no tracker of Accelerate. Pass some of {', '.join(known)}.")
         if find_spec(name) is None:
             raise ConfigError(f"log_with={name!r} needs a package that is not installed: pip install {name}.")
-    fresh = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulate,
-            log_with=list(config.log_with) or None,
-            project_dir=project,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
-    except ValueError as error:  # such as fp16 on a device without it
-        raise ConfigError(f"Accelerate cannot be set up: {error}") from error
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.free_memory()
-        if fresh:
-            AcceleratorState._reset_state()
+    with accelerated(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=list(config.log_with) or None,
+        project_dir=project,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+    ) as accelerator:
+        try:
+            yield accelerator
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 # --- what goes together ----------------------------------------------------------------------------------------------
@@ -217,6 +204,17 @@ def _choose_trained(model: ConvertedModel, config: FinetuneConfig) -> tuple[str,
     if not model.surgery.output_layers:
         raise ConfigError("freeze trains the output layers, but none is known of this model. Train all of it.")
     return model.surgery.output_layers
+
+
+def _forget_fitted(model: ConvertedModel, accelerator: Accelerator) -> None:
+    """Take away what was fitted to the weights that are about to change."""
+    if model.head_module.temperature == 1 and model._threshold is None:
+        return
+    model.temperature, model.threshold = 1.0, None
+    if accelerator.is_main_process:
+        logger.warning(
+            "the fitted temperature and threshold are of the weights before; fit them again with masksurgery evaluate"
+        )
 
 
 def _set_classes(model: nn.Module, classes: tuple[str, ...] | None) -> None:

@@ -27,7 +27,7 @@ from masksurgery.types import ConfigError, MasksurgeryError, TraceError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCH_SIZE = 16
-FIELDS = ("path", "rank", "index", "label", "mean", "std", "entropy", "mutual_information")
+FIELDS = ("path", "rank", "index", "label", "mean", "std", "entropy", "mutual_information", "unsure")
 BY_HAND = "Call it from Python: masksurgery.load(...)(...)."
 _MODES = {1: "L", 3: "RGB"}
 
@@ -50,12 +50,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """The prediction for one image; entropies in nats, None for a regression."""
+    """The prediction for one image.
+
+    Attributes:
+        entropy: Of the image in nats, where there is one.
+        mutual_information: The same.
+        unsure: It gets no answer, by the model's threshold; None if that has none.
+    """
 
     path: str
     entries: tuple[Entry, ...]
     entropy: float | None = None
     mutual_information: float | None = None
+    unsure: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -253,11 +260,11 @@ def predict_images(
         images = [result for result in results if isinstance(result, Tensor)]
         predicted = iter(_predict_batch(model, torch.stack(images)) if images else ())
         for path, result in zip(paths[start:], results, strict=False):
-            yield result if isinstance(result, Broken) else _row(readable(path), next(predicted), names, topk)
+            yield result if isinstance(result, Broken) else _row(readable(path), *next(predicted), names, topk)
 
 
-def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[Prediction | RegressionPrediction]:
-    """The prediction of each image, in double precision on the CPU."""
+def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[tuple[Prediction | RegressionPrediction, bool | None]]:
+    """The prediction of each image, in double precision on the CPU, and whether it is unsure."""
     with torch.inference_mode():
         outputs = model(x)
     p = first_prediction(outputs)
@@ -266,21 +273,25 @@ def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[Prediction | Re
         raise ConfigError(
             f"predict writes a row for each image; this model returns {list(p.mean.shape)} for {len(x)}. {BY_HAND}"
         )
-    for fields in zip(*(field.double().cpu() for field in p), strict=True):
-        yield type(p)(*fields)
+    unsure = [None] * len(x) if model._threshold is None else model.unsure(p).tolist()
+    for refused, *fields in zip(unsure, *(field.double().cpu() for field in p), strict=True):
+        yield type(p)(*fields), refused
 
 
-def _row(path: str, p: Prediction | RegressionPrediction, names: Sequence[str] | None, topk: int) -> Row:
+def _row(
+    path: str, p: Prediction | RegressionPrediction, unsure: bool | None, names: Sequence[str] | None, topk: int
+) -> Row:
     means, stds = p.mean.flatten().tolist(), p.variance.sqrt().flatten().tolist()
     if isinstance(p, RegressionPrediction):
-        return Row(path, tuple(Entry(i, f"output {i}", *pair) for i, pair in enumerate(zip(means, stds, strict=True))))
+        numbers = enumerate(zip(means, stds, strict=True))
+        return Row(path, tuple(Entry(i, f"output {i}", *pair) for i, pair in numbers), unsure=unsure)
     labels = names if names and len(names) == len(means) else [f"class {i}" for i in range(len(means))]
     best = p.mean.argsort(descending=True, stable=True)[:topk].tolist()
     if p.entropy.dim() == 0:
         entries = tuple(Entry(i, labels[i], means[i], stds[i]) for i in best)
-        return Row(path, entries, p.entropy.item(), p.mutual_information.item())
+        return Row(path, entries, p.entropy.item(), p.mutual_information.item(), unsure)
     own = list(zip(p.entropy.tolist(), p.mutual_information.tolist(), strict=True))
-    return Row(path, tuple(Entry(i, labels[i], means[i], stds[i], *own[i]) for i in best))
+    return Row(path, tuple(Entry(i, labels[i], means[i], stds[i], *own[i]) for i in best), unsure=unsure)
 
 
 def label_names(model: nn.Module) -> list[str] | None:
@@ -341,7 +352,8 @@ def write_csv(rows: Sequence[Row], file: Path) -> None:
         writer = csv.writer(stream)
         writer.writerow(FIELDS)
         for row in rows:
+            unsure = "" if row.unsure is None else str(row.unsure).lower()
             for rank, entry in enumerate(row.entries, 1):
                 of = entry if row.entropy is None else row
                 own = (of.entropy, of.mutual_information)
-                writer.writerow((row.path, rank, entry.index, entry.label, entry.mean, entry.std, *own))
+                writer.writerow((row.path, rank, entry.index, entry.label, entry.mean, entry.std, *own, unsure))

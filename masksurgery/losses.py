@@ -82,7 +82,7 @@ class Objective:
         """
         if self.loss == "gaussian-nll":
             mean, log_variance = (leaf.float() for leaf in tree_leaves(outputs)[:2])
-            return F.gaussian_nll_loss(mean, _like(y, mean), log_variance.exp())
+            return F.gaussian_nll_loss(mean, match_targets(y, mean), log_variance.exp())
         main, others = answer(outputs)
         total = self._loss(main, y)
         for other in others:
@@ -92,9 +92,9 @@ class Objective:
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.float()
         if self.loss == "mse":
-            return F.mse_loss(x, _like(y, x))
+            return F.mse_loss(x, match_targets(y, x))
         if self.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(x, self._smooth(_like(y, x), 2))
+            return F.binary_cross_entropy_with_logits(x, self._smooth(match_targets(y, x), 2))
         x = x.movedim(self.class_dim, 1)
         if self.task == "probabilities":
             x = x.clamp_min(torch.finfo(x.dtype).tiny).log()
@@ -130,7 +130,7 @@ class Objective:
 
     def _right(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self.task == "multilabel":
-            hits = (x > 0) == (_like(y, x) > 0.5)
+            hits = (x > 0) == (match_targets(y, x) > 0.5)
             return hits.sum(), torch.tensor(hits.numel(), device=x.device)
         known = y != _ignored(y)
         return ((x.argmax(self.class_dim) == y) & known).sum(), known.sum()
@@ -148,7 +148,7 @@ class Objective:
             return self._score_numbers(outputs, found, y)
         x = (found.logits if isinstance(found, Prediction) else answer(outputs)[0]).float()
         if self.task == "multilabel":
-            shares = _like(y, x)
+            shares = match_targets(y, x)
             nll = F.binary_cross_entropy_with_logits(x, shares, reduction="sum")
             count = torch.tensor(x.numel(), device=x.device)
         else:
@@ -167,7 +167,7 @@ class Objective:
             leaves = [leaf.float() for leaf in tree_leaves(outputs)]
             mean = leaves[0]
             variance = leaves[1].exp() if self.loss == "gaussian-nll" else torch.ones_like(mean)
-        y = _like(y, mean)
+        y = match_targets(y, mean)
         count = torch.tensor(mean.numel(), device=mean.device)
         scores = {"mse": ((mean - y).square().sum(), count)}
         if self.loss == "gaussian-nll":
@@ -209,8 +209,8 @@ def _ignored(y: Tensor) -> int:
     return IGNORED if y.dim() > 1 else -100
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """Targets in the shape and the dtype of the output."""
+def match_targets(y: Tensor, x: Tensor) -> Tensor:
+    """Targets in the shape and the dtype of the output; a ConfigError if they have another number of values."""
     if y.numel() != x.numel() or y.shape[:1] != x.shape[:1]:
         raise ConfigError(
             f"The targets are {tuple(y.shape)}, the model's output is {tuple(x.shape)}. They need as many numbers for "

@@ -12,12 +12,16 @@ from torch import Tensor, fx, nn
 from masksurgery.example import Example
 from masksurgery.graphs import TwoGraphs
 from masksurgery.layers import Members
-from masksurgery.prediction import Head, Prediction
+from masksurgery.prediction import Head, Prediction, RegressionPrediction, batch_first, check_temperature
+from masksurgery.scores import Threshold
 from masksurgery.tracing import Traces
 from masksurgery.types import ConfigError, ConvertConfig, Surgery, TraceError
 
 OUTPUTS = ("prediction", *Prediction._fields)
 ANSWERS = ("no_weight_decay", "group_matcher")
+
+SHARED = ("output", "temperature", "threshold")
+"""Properties that give way to a child of the base model of the same name, which the graph reads by it."""
 
 
 class ConvertedModel(TwoGraphs):
@@ -38,6 +42,7 @@ class ConvertedModel(TwoGraphs):
     settings: ConvertConfig
     inputs: dict[str, Any]
     recipe: dict[str, Any] | None
+    _threshold: Threshold | None = None
 
     def __init__(
         self,
@@ -108,9 +113,7 @@ class ConvertedModel(TwoGraphs):
 
         With "logits" (for regression the mean) a validation loop that calls `criterion(model(x), y)` runs unchanged.
         """
-        if "output" in self._modules:  # the base model has a child of this name, and the graph calls it
-            return self._modules["output"]
-        return self.head_module.output
+        return self._child("output", self.head_module.output)
 
     @output.setter
     def output(self, value: str) -> None:
@@ -123,9 +126,65 @@ class ConvertedModel(TwoGraphs):
             raise ConfigError(f'output={value!r} is not a field of a regression. Pass "mean", "variance" or "members".')
         self.head_module.output = value
 
+    @property
+    def temperature(self) -> Any:
+        """What the members' logits are divided by; of a regression the factor of the standard deviation. 1.0 is none.
+
+        A float, above 0. It is fitted to the weights: after further training it has to be fitted again.
+        """
+        return self._child("temperature", self.head_module.temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.head_module.temperature = check_temperature(value)
+
+    @property
+    def threshold(self) -> Any:
+        """The `Threshold` from which on a prediction counts as unsure; None if none was fitted."""
+        return self._child("threshold", self._threshold)
+
+    @threshold.setter
+    def threshold(self, value: Threshold | None) -> None:
+        if not isinstance(value, (Threshold, type(None))):
+            raise ConfigError(f"threshold={value!r} is not a masksurgery.scores.Threshold, nor None.")
+        if value is not None:
+            value.check_task("regression" if set(self.head_module.tasks) == {"regression"} else self.settings.task)
+        self._threshold = value
+
+    def unsure(self, p: Prediction | RegressionPrediction) -> Tensor:
+        """Which samples get no answer, by the threshold.
+
+        Args:
+            p: What the model returned in eval for b samples; of several outputs the one that is the answer.
+        Returns:
+            Boolean [b].
+        Raises:
+            ConfigError: The model has no threshold, its score is none of a regression, or `p` is no prediction.
+        """
+        if self._threshold is None:
+            raise ConfigError(
+                "The model has no threshold to be unsure by. Fit one with masksurgery evaluate --coverage or --risk, "
+                "or set model.threshold."
+            )
+        if not isinstance(p, (Prediction, RegressionPrediction)):
+            raise ConfigError(f'unsure takes a prediction (model.output = "prediction"), not {type(p).__name__}.')
+        head = self.head_module
+        found = (dim for dim, task in zip(head.batch_dims, head.tasks, strict=True) if task != "regression")
+        batch_dim = next((dim for dim in found if dim is not None), 0)
+        class_dim = batch_first(head.class_dim, p.mean.dim(), batch_dim)
+        return self._threshold.unsure(p, self.settings.task, class_dim)
+
+    def _child(self, name: str, default: Any) -> Any:
+        """The base model's child, parameter or buffer of this name."""
+        for children in (self._modules, self._parameters, self._buffers):
+            if name in children:
+                return children[name]
+        return default
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "output":  # nn.Module would take a property's value for a child where there is one of this name
-            type(self).output.fset(self, value)  # type: ignore[attr-defined]
+        # nn.Module would take a property's value for a child where there is one of this name.
+        if name in SHARED and not (isinstance(value, (Tensor, nn.Module)) and self._child(name, None) is not None):
+            getattr(type(self), name).fset(self, value)
         else:
             super().__setattr__(name, value)
 
@@ -141,7 +200,7 @@ def whole_output(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, ConvertedModel):
         yield
         return
-    before, model.output = model.output, "prediction"
+    before, model.output = model.head_module.output, "prediction"
     try:
         yield
     finally:
@@ -149,7 +208,7 @@ def whole_output(model: nn.Module) -> Iterator[None]:
 
 
 def _check_names(source: nn.Module) -> None:
-    reserved = ({*dir(fx.GraphModule), *dir(ConvertedModel)} - set(dir(nn.Module))) - {"output"}
+    reserved = ({*dir(fx.GraphModule), *dir(ConvertedModel)} - set(dir(nn.Module))) - {*SHARED}
     clash = sorted(reserved & {*source._modules, *source._parameters, *source._buffers})
     if clash:
         raise ConfigError(

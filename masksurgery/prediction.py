@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +29,7 @@ class Prediction(NamedTuple):
             `binary_cross_entropy_with_logits`) is the negative log-likelihood of the ensemble.
         entropy: Entropy of the mean [b, ...] in nats: the total uncertainty. For "multilabel" of each label.
         mutual_information: Entropy less the members' mean entropy: how far they disagree (epistemic).
-        members: Logits of each member [b, n, k, ...]; for "probabilities" their logarithms.
+        members: Logits of each member [b, n, k, ...], divided by the temperature; for "probabilities" logarithms.
     """
 
     mean: Tensor
@@ -61,6 +63,19 @@ def first_prediction(outputs: Any) -> Prediction | RegressionPrediction | None:
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda leaf: isinstance(leaf, kinds))
     found = [leaf for leaf in leaves if isinstance(leaf, kinds)]
     return next((p for p in found if isinstance(p, Prediction)), found[0]) if found else None
+
+
+def check_temperature(value: Any) -> float:
+    """A temperature as a float; a ConfigError unless it is a finite number above 0."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise ConfigError(f"temperature={value!r} is not a finite number above 0. Pass 1 for none.")
+    return float(value)
+
+
+def batch_first(dim: int, dims: int, batch_dim: int) -> int:
+    """Where a dimension of a tensor with so many comes to stand when the batch dimension moves to the front."""
+    dim %= dims
+    return dim + 1 if dim < batch_dim else dim
 
 
 def classification(members: Tensor, class_dim: int, task: Task, temperature: float = 1.0) -> Prediction:
@@ -165,8 +180,7 @@ class Head(nn.Module):
             return members
         if task == "regression":
             return self._choose(self._widen(regression(members)), batch_dim)
-        class_dim = self.class_dim % x.dim()
-        class_dim += 2 if class_dim < batch_dim else 1  # the batch moves to dimension 0, the members come to 1
+        class_dim = batch_first(self.class_dim, x.dim(), batch_dim) + 1  # the members come to dimension 1
         return self._choose(classification(members, class_dim, task, self.temperature), batch_dim)
 
     def _widen(self, p: RegressionPrediction) -> RegressionPrediction:
@@ -189,7 +203,8 @@ class Head(nn.Module):
         return value.movedim(0, batch_dim) if field in ("mean", "variance", "logits") else value
 
     def extra_repr(self) -> str:
-        return f"n={self.n}, tasks={sorted(set(self.tasks))}, output={self.output!r}"
+        temperature = "" if self.temperature == 1 else f", temperature={self.temperature:g}"
+        return f"n={self.n}, tasks={sorted(set(self.tasks))}, output={self.output!r}{temperature}"
 
 
 def leaf_tasks(outputs: Any, task: Task) -> list[Task]:

@@ -87,6 +87,45 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         out().print(line + ("  best" if event.best else ""))
 
 
+class Steps(AbstractContextManager["Steps"]):
+    """Shows what is being done: a bar on standard error, if that is a terminal; it leaves nothing behind.
+
+    Args:
+        shown: Whether this process prints.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
+        self.bar = Progress(*columns, console=err(), transient=True) if shown and err().is_terminal else None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> Steps:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("reading models and data", total=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, text: str, done: int, total: int | None) -> None:
+        """So many of so many are done (None where that is not known)."""
+        if self.bar is not None:
+            if self.bar.tasks[0].description != text:
+                self.bar.reset(self.task, total=total, description=text)
+            self.bar.update(self.task, completed=done)
+
+    def say(self, text: str) -> None:
+        """A step that takes a while begins; without a terminal too, where it is a line."""
+        if self.bar is not None:
+            self.bar.reset(self.task, total=None, description=text)
+        else:
+            err().print(text)
+
+
 def _cells(event: Measured) -> dict[str, str]:
     val = event.val or {}
     cells = {"epoch": str(event.epoch), "train loss": f"{event.train_loss:.4f}"}

@@ -67,6 +67,8 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         notes=surgery.notes,
         aliases=dict(aliases),
         pretrained_cfg=plain_cfg(getattr(model, "pretrained_cfg", None)),
+        temperature=None if model.head_module.temperature == 1 else model.head_module.temperature,
+        threshold=model._threshold,
     )
     try:
         identity = hashlib.sha256(record.to_json().encode("utf-8")).hexdigest()[:16]

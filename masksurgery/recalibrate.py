@@ -15,6 +15,8 @@ from masksurgery.types import ConfigError
 def recalibrate(model: ConvertedModel, loader: Iterable[Any], *, max_batches: int | None = None) -> int:
     """Replace the running mean and variance of every BatchNorm by those over a data set, under all masks.
 
+    What the model computes changes: a temperature or a threshold that was fitted before has to be fitted again.
+
     Args:
         model: Changed in place; its training flags are as before afterwards.
         loader: Batches: a tensor, a tuple or list whose first entry is the input, or a dict of keyword inputs. Targets

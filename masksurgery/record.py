@@ -16,6 +16,7 @@ from torch import nn
 from masksurgery.axes import Axis, Dims
 from masksurgery.example import Example
 from masksurgery.inputs import bind, describe, describe_inputs, make_inputs, placeholder_values
+from masksurgery.scores import Threshold
 from masksurgery.types import CheckpointError, ConvertConfig, MasksurgeryError, Site, Skipped, Task, TrainMode, Where
 
 FORMAT_VERSION = 1
@@ -105,8 +106,8 @@ class Record:
         aliases: Name of a tied parameter to the name that its values are saved under.
         after: Layer types as "module.QualName"; None for every convolution and Linear.
         output: What eval returns.
-        temperature: Reserved for a fitted temperature.
-        threshold: Reserved for a fitted decision threshold.
+        temperature: What was fitted; None if nothing was.
+        threshold: The same.
     """
 
     format_version: int
@@ -136,7 +137,7 @@ class Record:
     parts: tuple[PartInputs, ...] = ()
     pretrained_cfg: dict[str, Any] | None = None
     temperature: float | None = None
-    threshold: float | None = None
+    threshold: Threshold | None = None
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""
@@ -177,10 +178,17 @@ def read_record(path: Path) -> Record:
         _check_input(part, f"inputs[{i}]", path)
     if record.dtype is not None:
         _check_dtype(record.dtype, "dtype", path)
+    if record.temperature is not None and record.temperature <= 0:
+        raise _wrong(record.temperature, "a number above 0", "temperature", path)
     try:
         record.config()
     except MasksurgeryError as error:
         raise CheckpointError(f"{path}: {error} {AGAIN}.") from error
+    try:
+        if record.threshold is not None:
+            record.threshold.check_task(record.task)
+    except MasksurgeryError as error:
+        raise CheckpointError(f"{path}: 'threshold': {error} {AGAIN}.") from error
     return record
 
 

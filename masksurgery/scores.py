@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -33,8 +35,8 @@ def item_scores(p: Prediction | RegressionPrediction, task: Task, class_dim: int
         logits, variance = p.logits.double(), 2 * p.variance.double()  # that of yes and that of no
         unsure = torch.sigmoid(-logits.abs())
     else:
-        unsure = -torch.expm1(p.logits.double().amax(class_dim))
-        variance = p.variance.double().sum(class_dim)
+        unsure = -torch.expm1(p.logits.amax(class_dim).double())
+        variance = p.variance.sum(class_dim, dtype=torch.float64)
     return {
         "max_probability": unsure.clamp_min(0),
         "entropy": p.entropy.double(),
@@ -57,7 +59,7 @@ class Threshold:
         score: What is looked at.
         value: Of "max_probability" the smallest, of the others the largest that still gets an answer.
     Raises:
-        ConfigError: There is no such score.
+        ConfigError: There is no such score, or the value is not a finite number.
     """
 
     score: Score
@@ -66,11 +68,19 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ConfigError(f"score={self.score!r} is not one of {', '.join(map(repr, SCORES))}.")
+        if not isinstance(self.value, Real) or not math.isfinite(self.value):
+            raise ConfigError(f"value={self.value!r} of a threshold is not a finite number.")
+        object.__setattr__(self, "value", float(self.value))  # numpy's is none of JSON
 
     @property
     def limit(self) -> float:
         """The largest uncertainty, as `image_scores` gives it, that still gets an answer."""
         return 1 - self.value if self.score == "max_probability" else self.value
+
+    def check_task(self, task: Task) -> None:
+        """Raise a ConfigError if a model of this task does not have the score."""
+        if task == "regression" and self.score != "variance":
+            raise ConfigError(f"score={self.score!r} is none of a regression, which has 'variance'.")
 
     def unsure(self, p: Prediction | RegressionPrediction, task: Task, class_dim: int = 1) -> Tensor:
         """Which images get no answer, bool [b].
@@ -78,9 +88,5 @@ class Threshold:
         Raises:
             ConfigError: The score is none of a regression.
         """
-        scores = image_scores(p, task, class_dim)
-        if self.score not in scores:
-            raise ConfigError(
-                f"score={self.score!r} is none of a regression, which has {', '.join(map(repr, scores))}."
-            )
-        return scores[self.score] > self.limit
+        self.check_task("regression" if isinstance(p, RegressionPrediction) else task)
+        return ~(image_scores(p, task, class_dim)[self.score] <= self.limit)  # what is no number is unsure too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,17 @@ from masksurgery.folders import find_folder
 from masksurgery.images import given_names, image_input, label_names, preprocessing_of, readable
 from masksurgery.losses import answered_prediction
 from masksurgery.model import ConvertedModel
-from masksurgery.prediction import Head, Prediction, RegressionPrediction, check_outputs, count_outputs, leaf_tasks
+from masksurgery.prediction import (
+    Head,
+    Prediction,
+    RegressionPrediction,
+    check_outputs,
+    check_temperature,
+    count_outputs,
+    leaf_tasks,
+)
 from masksurgery.record import read_object
+from masksurgery.scores import Threshold
 from masksurgery.sources import NO_WEIGHTS, one_line
 from masksurgery.transforms import Preprocessing
 from masksurgery.types import ConfigError, ConvertConfig, DataError, MasksurgeryError, Task
@@ -95,15 +103,18 @@ class Subject:
         return self.model.model if isinstance(self.model.model, ConvertedModel) else None
 
     @property
+    def threshold(self) -> Threshold | None:
+        """Of a converted model, if one was fitted."""
+        return self.converted._threshold if self.converted else None
+
+    @property
     def temperature(self) -> float:
         """What the logits are divided by. See `Head.temperature`."""
         return self.model.head.temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < math.inf:
-            raise ConfigError(f"temperature={value!r} is not a positive finite number. 1 leaves predictions alone.")
-        self.model.head.temperature = float(value)
+        self.model.head.temperature = check_temperature(value)
 
 
 def open_subject(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from masksurgery.images import Row
+from masksurgery.images import Entry, Row
 from masksurgery.macs import Macs
 from masksurgery.types import Site, Skipped, Surgery
 
@@ -176,7 +176,10 @@ def _count(count: int, what: str) -> str:
 
 
 def prediction_table(rows: Sequence[Row]) -> Table:
-    """The best labels of each image. Entropies are those of the image, or of each label if labels are independent."""
+    """The best labels of each image. Entropies are those of the image, or of each label if labels are independent.
+
+    An image without an answer has "unsure" in its first line; below it, in brackets, what the answer would have been.
+    """
     entropies = any(row.entropy is not None or entry.entropy is not None for row in rows for entry in row.entries)
     form = ".3f" if entropies else ".4g"  # probabilities, or numbers of any size
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="underline")
@@ -185,11 +188,20 @@ def prediction_table(rows: Sequence[Row]) -> Table:
     for title in ("mean", "std", *(("entropy", "mutual inf.") if entropies else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        for k, entry in enumerate(row.entries):
-            of_row = (row.entropy, row.mutual_information) if k == 0 else (None, None)
-            both = of_row if row.entropy is not None else (entry.entropy, entry.mutual_information)
-            numbers = [f"{entry.mean:{form}}", f"{entry.std:{form}}"]
-            numbers += ["" if value is None else f"{value:.3f}" for value in both] if entropies else []
-            name = Text(row.path, style="cyan") if k == 0 else Text("")
-            table.add_row(name, Text(entry.label), *numbers)
+        name, of_image = Text(row.path, style="cyan"), _numbers(row, entropies)
+        if row.unsure:
+            table.add_row(name, Text("unsure", style="bold yellow"), "", "", *of_image)
+            name, of_image = Text(""), [""] * len(of_image)
+        for entry in row.entries:
+            own = of_image if row.entropy is not None else _numbers(entry, entropies)
+            label = Text(f"({entry.label})" if row.unsure else entry.label)
+            numbers = (f"{entry.mean:{form}}", f"{entry.std:{form}}")
+            table.add_row(name, label, *numbers, *own, style="dim" if row.unsure else None)
+            name, of_image = Text(""), [""] * len(of_image)
     return table
+
+
+def _numbers(of: Row | Entry, entropies: bool) -> list[str]:
+    """The two entropies, where the table has columns for them; empty where there are none."""
+    both = (of.entropy, of.mutual_information) if entropies else ()
+    return ["" if value is None else f"{value:.3f}" for value in both]

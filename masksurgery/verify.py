@@ -54,6 +54,8 @@ def verify(
     The masks are those that the conversion decided (`model.surgery`), and are multiplied in by forward hooks on the
     base model; where no module ends a chain by pre-hooks on what reads it, else by an interpreter over a fresh trace.
 
+    A fitted temperature is left out: what is compared is what the network computes.
+
     Args:
         model: Converted from `base`, with the same weights. Neither is changed.
         base: The base model.
@@ -88,7 +90,7 @@ def verify(
 def _eval_outputs(model: ConvertedModel, oracle: Oracle, example: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The members of each output [b, n, ...], and the base model's outputs under their masks, likewise."""
     model.eval()
-    model.output = "prediction"
+    model.output, model.temperature = "prediction", 1.0
     oracle.base.eval()
     ours = [p.members for p in _predictions(model(*example[0], **example[1]))]
     runs = []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import masksurgery
-from masksurgery import CheckpointError
-from masksurgery.checkpoint import CONFIG, WEIGHTS
+from masksurgery import CheckpointError, ConfigError
+from masksurgery.checkpoint import CONFIG, WEIGHTS, save_calibration
 from masksurgery.factory import create_base
 from masksurgery.model import ConvertedModel
+from masksurgery.scores import Threshold
 from nets import NETS, randomise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -295,6 +299,100 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"user/repo: there is no such folder.*\(ConnectionError: no route\)"):
         masksurgery.load("user/repo")
+
+
+# --- temperature and threshold ---------------------------------------------------------------------------------------
+
+SHOW_FITTED = """
+import sys, torch, masksurgery
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+folder, inputs, out = sys.argv[1:]
+model = masksurgery.load(folder)
+with torch.no_grad():
+    p = model(load_file(inputs)["x"])
+save_file({"mean": p.mean, "unsure": model.unsure(p)}, out)
+print(model.temperature, model.threshold)
+"""
+
+
+def test_a_fitted_model_is_the_same_in_another_process(tmp_path: Path) -> None:
+    model = masksurgery.convert(randomise(timm.create_model("test_resnet", num_classes=7), 0).eval(), n=3)
+    x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = model.eval()(x)
+    model.temperature = 2.5
+    model.threshold = Threshold("entropy", model(x).entropy.median().item())
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    masksurgery.save(model, tmp_path / "saved")
+    command = [sys.executable, "-c", SHOW_FITTED, tmp_path / "saved", tmp_path / "x.safetensors", tmp_path / "out"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"2.5 {model.threshold}\n"
+    found, p = load_file(tmp_path / "out"), model(x)
+    assert torch.equal(found["mean"], p.mean) and not torch.equal(p.mean, plain.mean)
+    assert torch.equal(found["unsure"], model.unsure(p)) and 0 < found["unsure"].sum() < 8
+
+
+def test_nothing_fitted_is_written_as_null(tmp_path: Path) -> None:
+    base, model = small()
+    model.temperature = 1
+    masksurgery.save(model, tmp_path)
+    record = json.loads((tmp_path / CONFIG).read_text())
+    assert record["temperature"] is None and record["threshold"] is None
+    assert masksurgery.load(tmp_path, base=base).temperature == 1.0
+
+
+def test_what_was_fitted_is_written_into_a_folder_and_nothing_else_changes(tmp_path: Path) -> None:
+    base, model = small()
+    masksurgery.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for temperature, threshold in [
+        (2.5, Threshold("mutual_information", 0.25)),
+        (np.float32(0.5), None),
+        (None, Threshold("max_probability", 0.75)),
+        (1.0, None),
+    ]:
+        save_calibration(tmp_path, temperature=temperature, threshold=threshold)
+        assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+        assert (tmp_path / WEIGHTS).read_bytes() == before[WEIGHTS]
+        record, old = json.loads((tmp_path / CONFIG).read_text()), json.loads(before[CONFIG])
+        assert record["threshold"] == (None if threshold is None else asdict(threshold))
+        assert record["temperature"] == (None if temperature in (None, 1) else temperature)
+        assert {**record, "temperature": None, "threshold": None} == old and record["id"] == old["id"]
+        loaded = masksurgery.load(tmp_path, base=base)
+        assert (loaded.temperature, loaded.threshold) == (temperature or 1.0, threshold)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["net", "vit"])
+def test_a_folder_of_an_earlier_release_takes_what_was_fitted(name: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "v1" / name, tmp_path / name)
+    save_calibration(tmp_path / name, temperature=4.0, threshold=None)
+    model = masksurgery.load(tmp_path / name, base=GoldenNet() if name == "net" else None)
+    expected = load_file(tmp_path / name / "expected.safetensors")
+    torch.testing.assert_close(predict(model, expected["x"])[-1], expected["members"] / 4, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_fitted_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = masksurgery.save(small(task="regression")[1], tmp_path / "saved")
+    before = (folder / CONFIG).read_bytes()
+
+    def refuse(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"hf-hub:a/b is on the hub, .* Save a copy first: masksurgery\.save\("):
+        save_calibration("hf-hub:a/b", temperature=2.0, threshold=None)
+    with pytest.raises(ConfigError, match="temperature=0 is not a finite number above 0"):
+        save_calibration(folder, temperature=0, threshold=None)
+    with pytest.raises(ConfigError, match="score='entropy' is none of a regression, which has 'variance'"):
+        save_calibration(folder, temperature=None, threshold=Threshold("entropy", 0.5))
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json: there is no such file, so this is no folder"):
+        save_calibration(tmp_path / "nowhere", temperature=2.0, threshold=None)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be written .*What was there before is as it was"):
+        save_calibration(folder, temperature=2.0, threshold=None)
+    assert (folder / CONFIG).read_bytes() == before and len(list(folder.iterdir())) == 2
 
 
 # --- folders of released format versions -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import masksurgery
 from masksurgery import CheckpointError
 from masksurgery.checkpoint import CONFIG, WEIGHTS
 from masksurgery.record import Record
+from masksurgery.scores import Threshold
 from test_checkpoint import GoldenNet, Small, assert_equal, predict, small
 
 MASK = "conv_mask.masks"
@@ -31,6 +32,7 @@ MASK = "conv_mask.masks"
 def folder(tmp_path: Path) -> Path:
     _, model = small()
     model.recipe = {"source": "factory", "name": "module:factory", "kwargs": {}}
+    model.temperature, model.threshold = 1.5, Threshold("entropy", 0.7)
     return masksurgery.save(model, tmp_path / "saved")
 
 
@@ -177,6 +179,9 @@ def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
         ("seed", -1, "seed=-1 is not a non-negative integer"),
         ("heteroscedastic", True, "heteroscedastic=True needs"),
         ("unbatched", ["y"], r"cannot be applied to Small: unbatched=\('y',\) names"),
+        ("temperature", 0, "'temperature' is 0, not a number above 0"),
+        ("temperature", -1.5, "'temperature' is -1.5, not a number above 0"),
+        ("task", "regression", "'threshold': score='entropy' is none of a regression, which has 'variance'"),
         ("class_dim", 7, "cannot be applied to Small: class_dim=7"),
         ("dtype", "load", "'dtype' is \"load\", not the name of a dtype"),
         ("after", ["os.system"], r"'after' names os\.system, which is no class of torch\.nn nor of Small"),

@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, and what it says of bad input."""
 
 import csv
+import io
 import json
 import logging
 import math
@@ -17,11 +18,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 import masksurgery
+from masksurgery.checkpoint import save_calibration
 from masksurgery.cli import app
-from masksurgery.tables import by_reason, short
+from masksurgery.images import Entry, Row
+from masksurgery.scores import Threshold
+from masksurgery.tables import by_reason, prediction_table, short
 from masksurgery.types import Skipped
 
 SMALL = ("test_resnet", "--no-pretrained")
@@ -456,6 +461,50 @@ def test_predict_prints_a_table(
     first = lines[1].split()
     numbers = (p.mean.max(), p.variance[0, p.mean.argmax()].sqrt(), p.entropy, p.mutual_information)
     assert (first[0], first[-4:]) == ("a.JPG", [f"{x.item():.3f}" for x in numbers])
+
+
+def test_predict_withholds_an_answer_that_is_unsure(
+    run: Callable[..., Result], saved: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    entropies = expected(saved, [Path("a.JPG"), Path("b.png")]).entropy
+    shutil.copytree(saved, "fitted")
+    save_calibration("fitted", temperature=None, threshold=Threshold("entropy", entropies.mean().item()))
+    result = run("predict", "fitted", "a.JPG", "b.png", "--topk", 1, "--json", "out.json", "--csv", "out.csv")
+    assert (result.status, result.err) == (0, "")
+    refused = [x > entropies.mean() for x in entropies.tolist()]
+    assert sorted(refused) == [False, True]
+    firsts = [line for line in result.out.splitlines() if line.startswith(("a.JPG", "b.png"))]
+    assert [line.split()[1] == "unsure" for line in firsts] == refused
+    assert [row["unsure"] for row in json.loads(Path("out.json").read_text())] == refused
+    with Path("out.csv").open(newline="") as stream:
+        assert [line["unsure"] == "true" for line in csv.DictReader(stream)] == refused
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_of_unsure_images(terminal: bool) -> None:
+    sure, other = Entry(0, "cat", 0.9, 0.01), Entry(1, "bee eater", 0.1, 0.02)
+    rows = [Row("a.png", (sure, other), 0.3, 0.1, False), Row("b.png", (other, sure), 0.6, 0.2, True)]
+    label, number = Entry(2, "tall", 0.5, 0.0, 0.69, 0.02), Entry(0, "output 0", 12.5, 3.25)
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=terminal, markup=False, highlight=False)
+
+    def show(rows: list[Row]) -> list[list[str]]:
+        console.print(prediction_table(rows))
+        return [line.split() for line in console.export_text().splitlines()[1:]]
+
+    assert show(rows) == [
+        ["a.png", "cat", "0.900", "0.010", "0.300", "0.100"],
+        ["bee", "eater", "0.100", "0.020"],
+        ["b.png", "unsure", "0.600", "0.200"],
+        ["(bee", "eater)", "0.100", "0.020"],
+        ["(cat)", "0.900", "0.010"],
+    ]
+    assert show([Row("c.png", (label,), unsure=True), Row("d.png", (label,), unsure=False)]) == [
+        ["c.png", "unsure"],
+        ["(tall)", "0.500", "0.000", "0.690", "0.020"],
+        ["d.png", "tall", "0.500", "0.000", "0.690", "0.020"],
+    ]
+    assert show([Row("e.png", (number,), unsure=True)]) == [["e.png", "unsure"], ["(output", "0)", "12.5", "3.25"]]
 
 
 def test_a_broken_image_is_named_and_the_others_are_predicted(

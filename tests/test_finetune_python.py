@@ -23,6 +23,7 @@ import masksurgery
 from finetuning import NAMES, make_converted, make_images, metrics_of, tensors_of
 from masksurgery import Augmentation, ConfigError, DataConfig, DataError, FinetuneConfig
 from masksurgery.cli import app
+from masksurgery.scores import Threshold
 from pictures import write_shards
 from training import Small
 
@@ -86,6 +87,26 @@ def test_a_model_object_is_not_changed(images: Path, converted: Path, tmp_path: 
     assert model.members_module.fixed is None and "label_names" not in (model.pretrained_cfg or {})
     other = finetune(converted, images, tmp_path / "other", epochs=1)
     assert tensors_of(tmp_path / "run") == tensors_of(other)
+
+
+def test_what_was_fitted_to_the_weights_before_is_forgotten(
+    images: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, threshold = masksurgery.load(converted), Threshold("entropy", 0.5)
+    model.temperature, model.threshold = 3.0, threshold
+    with caplog.at_level(logging.WARNING, "masksurgery"):
+        finetune(model, images, tmp_path / "run", epochs=1)
+    told = [record.getMessage() for record in caplog.records if "fitted" in record.getMessage()]
+    assert told == [
+        "the fitted temperature and threshold are of the weights before; fit them again with masksurgery evaluate"
+    ]
+    assert (model.temperature, model.threshold) == (3.0, threshold)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "masksurgery"):
+        plain = finetune(converted, images, tmp_path / "plain", epochs=1)
+    assert "fitted" not in caplog.text
+    assert tensors_of(tmp_path / "run") == tensors_of(plain)  # config.json too, whose temperature is null
+    assert metrics_of(tmp_path / "run")[-1]["val_nll"] == metrics_of(plain)[-1]["val_nll"]
 
 
 def test_statistics_are_estimated_under_the_masks_first(images: Path, converted: Path, tmp_path: Path) -> None:
@@ -417,6 +438,6 @@ def test_base_only_needs_a_folder(images: Path, converted: Path, tmp_path: Path)
 
 
 def test_without_accelerate(images: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'not installed: pip install "masksurgery\[train\]"'):
+    monkeypatch.setattr("masksurgery.processes.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'Fine-tuning needs accelerate, .*: pip install "masksurgery\[train\]"'):
         finetune(converted, images, tmp_path / "run")

@@ -25,6 +25,7 @@ from masksurgery.images import (
     write_csv,
     write_json,
 )
+from masksurgery.scores import Threshold
 
 GREEN = (0, 255, 0)
 
@@ -165,6 +166,41 @@ def test_names_that_do_not_fit_are_not_used(tmp_path: Path) -> None:
     assert {entry.label for entry in row.entries} == {"class 0", "class 1", "class 2", "class 3"}
 
 
+def saved_images(folder: Path, count: int = 6) -> list[Path]:
+    rng = np.random.default_rng(1)
+    for k in range(count):
+        Image.fromarray(rng.integers(0, 60 + 30 * k, (20, 30, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    return [folder / f"{k}.png" for k in range(count)]
+
+
+def test_rows_have_the_temperature_and_say_where_they_are_unsure(tmp_path: Path) -> None:
+    model, paths = convert(), saved_images(tmp_path)
+    plain = list(predict_images(model, paths))
+    model.temperature = 0.2
+    rows = [row for row in predict_images(model, paths, batch_size=4) if isinstance(row, Row)]
+    assert [row.unsure for row in rows] == [None] * 6
+    with torch.no_grad():
+        p = model(torch.stack(list(map(Reader(model), paths))))
+    assert [row.entropy for row in rows] == pytest.approx(p.entropy.tolist(), rel=1e-5)
+    assert all(row.entropy < before.entropy for row, before in zip(rows, plain, strict=True))  # type: ignore[union-attr, operator]
+    level = sorted(p.entropy.tolist())[3]
+    model.threshold = Threshold("entropy", level - 1e-9)
+    refused = [row.unsure for row in predict_images(model, paths, batch_size=4)]  # type: ignore[union-attr]
+    assert refused == model.unsure(p).tolist() and refused.count(True) == 3
+
+
+def test_files_of_rows_that_are_unsure(tmp_path: Path) -> None:
+    entries = (Entry(3, "crane", 0.5, 0.1), Entry(1, "bee", 0.25, 0.1))
+    rows = [Row("a.png", entries, 0.7, 0.1, True), Row("b.png", entries[:1], 0.1, 0.0, False)]
+    write_json(rows, tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unsure"] for row in written] == [True, False]
+    assert [len(row["entries"]) for row in written] == [2, 1]  # what the answer would have been is there
+    write_csv(rows, tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert [line.split(",")[-1] for line in lines] == ["unsure", "true", "true", "false"]
+
+
 def test_files_of_rows(tmp_path: Path) -> None:
     rows = [Row("a.png", (Entry(3, "crane, bird", 0.5, float("nan")),), 0.7, 0.1), Row("b.png", (Entry(0, "x", 1, 2),))]
     write_json(rows, tmp_path / "rows.json")
@@ -179,9 +215,9 @@ def test_files_of_rows(tmp_path: Path) -> None:
     ]
     write_csv(rows, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text().splitlines() == [
-        "path,rank,index,label,mean,std,entropy,mutual_information",
-        'a.png,1,3,"crane, bird",0.5,nan,0.7,0.1',
-        "b.png,1,0,x,1,2,,",
+        "path,rank,index,label,mean,std,entropy,mutual_information,unsure",
+        'a.png,1,3,"crane, bird",0.5,nan,0.7,0.1,',
+        "b.png,1,0,x,1,2,,,",
     ]
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigError, match=r"folder.csv' cannot be written: Is a directory"):

@@ -22,11 +22,11 @@ ROWS = (
     ("graphs", "part", "model", "macs", "convert"),
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),
     ("rebuild", "folders", "restore", "checkpoint"),
-    ("images", "transforms", "randomness", "stopping", "data"),
+    ("images", "transforms", "randomness", "stopping", "processes", "data"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation", "thumbnails"),
     ("optimisation", "validation", "trainer", "subjects", "galleries"),
-    ("hub", "pack", "finetune", "evaluate", "plots", "report", "demo", "export", "keras"),
+    ("hub", "pack", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
     ("__init__",),
     ("options", "settings_options", "tables", "progress", "cli_finetune", "cli_evaluate", "cli", "__main__"),
 )

@@ -103,6 +103,51 @@ def test_one_member_has_no_variance_and_nothing_to_disagree_with(task: Any) -> N
     assert not regression(members).variance.any()
 
 
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("task", ["classification", "multilabel", "probabilities"])
+def test_a_temperature_divides_the_logits_of_each_member(task: Any, n: int) -> None:
+    x = logits_of(n * B, K).softmax(1) if task == "probabilities" else logits_of(n * B, K)
+    head = Head(n, [0], [task])
+    head.temperature = 2.0
+    members = torch.stack([x[i * B : (i + 1) * B] for i in range(n)], 1)
+    logits = (members.log() if task == "probabilities" else members) / 2
+    odds = logits.exp()
+    p = odds / (1 + odds) if task == "multilabel" else odds / odds.sum(2, keepdim=True)
+    assert_is(head(x, Assignment(n, None, True)), p, logits, None if task == "multilabel" else 2)
+    if task == "probabilities":  # the root of each, divided by their sum
+        torch.testing.assert_close(p, members.sqrt() / members.sqrt().sum(2, keepdim=True))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_temperature_multiplies_the_standard_deviation_of_a_regression(paired: bool, n: int) -> None:
+    mean, log_variance = logits_of(n * B, 2), logits_of(n * B, 2, spread=0.5) - 1
+    head = Head(n, [0] * (1 + paired), ["regression"] * (1 + paired), heteroscedastic=paired)
+    outputs, everyone = (mean, log_variance) if paired else mean, Assignment(n, None, True)
+    before = head(outputs, everyone)
+    head.temperature = 2.0
+    after = head(outputs, everyone)
+    by_member = mean.unflatten(0, (n, B))
+    torch.testing.assert_close(after.mean, by_member.mean(0))
+    assert torch.equal(after.members, by_member.movedim(0, 1))
+    between = by_member.var(0, correction=0)
+    within = log_variance.exp().unflatten(0, (n, B)).mean(0) if paired else 0.0
+    torch.testing.assert_close(after.variance.sqrt(), 2 * (between + within).sqrt())
+    assert torch.equal(after.variance, 4 * before.variance) and bool(before.variance.any()) == (paired or n > 1)
+
+
+def test_a_temperature_of_a_classification_is_for_the_classes_alone() -> None:
+    outputs = {"logits": logits_of(N * B, K), "features": logits_of(N * B, 2), "aux": logits_of(N * B, 3)}
+    head = Head(N, [0] * 3, leaf_tasks(outputs, "classification"))
+    before = head(outputs, EVERYONE)
+    head.temperature = 2.0
+    after = head(outputs, EVERYONE)
+    for name in ("logits", "aux"):
+        assert torch.equal(after[name].members, before[name].members / 2)
+        assert (after[name].entropy > before[name].entropy).all()
+    assert all(map(torch.equal, after["features"], before["features"]))
+
+
 @pytest.mark.parametrize("shape", [(K,), (K, 3, 2)])
 def test_cross_entropy_of_the_logits_is_that_of_the_ensemble(shape: tuple[int, ...]) -> None:
     members, y = (
@@ -404,6 +449,8 @@ def test_tasks_of_the_leaves() -> None:
 def test_repr() -> None:
     head = Head(N, [0, 0], ["regression", "classification"])
     assert repr(head) == "Head(n=4, tasks=['classification', 'regression'], output='prediction')"
+    head.temperature = 1.25
+    assert repr(head).endswith("output='prediction', temperature=1.25)")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

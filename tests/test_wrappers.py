@@ -151,6 +151,30 @@ def test_exported_in_eval(tmp_path: Path) -> None:
     torch.testing.assert_close(found.mean, model(x).mean)
 
 
+def test_a_temperature_is_exported(tmp_path: Path) -> None:
+    model, x = convert().eval(), images()
+    plain = model(x)
+    model.temperature = 3.0
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(x)
+    torch.testing.assert_close(found.members, plain.members / 3)
+    torch.testing.assert_close(found.entropy, model(x).entropy)
+
+
+def test_compiled_code_follows_the_temperature() -> None:
+    model, x = convert().eval(), images()
+    plain = model(x).members
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    for temperature in (1.0, 3.0, 0.5, 1.0, 7.0):
+        model.temperature = temperature
+        found = fast(x)
+        torch.testing.assert_close(found.members, plain / temperature)
+        torch.testing.assert_close(found.mean, (plain / temperature).softmax(2).mean(1))
+    fast.temperature = 2.0  # goes to the model that is inside
+    assert model.temperature == 2.0
+    torch.testing.assert_close(fast(x).members, plain / 2)
+
+
 @pytest.fixture
 def gloo(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -1,0 +1,123 @@
+"""Evaluate models side by side: is each one surer when it is right?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from masksurgery.checkpoint import save_calibration
+from masksurgery.data import DataConfig, explained_death
+from masksurgery.evaluation import Evaluation, ModelEvaluation
+from masksurgery.evaluation_config import EvaluateConfig
+from masksurgery.evaluation_data import open_sets
+from masksurgery.processes import accelerated, require
+from masksurgery.subjects import Subject, check_classes, open_subject
+from masksurgery.types import ConfigError, Task
+
+if TYPE_CHECKING:
+    from masksurgery.evaluator import Observer
+
+
+def evaluate(
+    models: Sequence[str | Path | nn.Module] | str | Path | nn.Module,
+    data: DataConfig,
+    *,
+    config: EvaluateConfig | None = None,
+    everything: bool = False,
+    task: Task = "classification",
+    class_dim: int = 1,
+    heteroscedastic: bool = False,
+    trust: bool = False,
+    observer: Observer | None = None,
+) -> Evaluation:
+    """Evaluate models on the same images. Memory does not grow with their number, nor with that of the data sets.
+
+    Every process of `accelerate launch` calls this, and gets the same figures.
+
+    Args:
+        models: Folders of `save` or of timm, names of timm, or models; converted ones and base models beside each
+            other. Models are not changed.
+        data: What to evaluate on: the part that `finetune` validates on.
+        config: What else.
+        everything: All images, where the data has no validation part.
+        task: Of the base models, unless a converted one is among the models.
+        class_dim: Likewise.
+        heteroscedastic: Likewise.
+        trust: Run the user's own factory that a model's folder names.
+        observer: Is told what is going on.
+    Returns:
+        Figures, curves and galleries. What was fitted stands in the config.json of the folders of converted models.
+    Raises:
+        ConfigError: The settings, the models and the data do not go together.
+        DataError: An image cannot be read.
+        EvaluationError: A prediction is no number, or nothing can be fitted.
+        CheckpointError: A folder cannot be read or written.
+    """
+    config = config or EvaluateConfig()
+    for package in ("accelerate", "torchmetrics"):
+        require(package, "evaluate", "Evaluation")
+    from masksurgery.evaluator import Evaluator
+
+    given = [models] if isinstance(models, (str, Path, nn.Module)) else list(models)
+    subjects = _open_subjects(given, task=task, class_dim=class_dim, heteroscedastic=heteroscedastic, trust=trust)
+    _check_together(subjects)
+    with accelerated() as accelerator, explained_death():
+        sets = open_sets(subjects[0], data, config, everything, accelerator)
+        for subject in subjects:
+            check_classes(subject, sets.known.classes)
+        found: list[ModelEvaluation] = []
+        for subject in subjects:
+            evaluator = Evaluator(subject, sets, config, accelerator, data.seed, observer)
+            found.append(evaluator.run())
+            if config.fits and subject.folder is not None and accelerator.is_main_process:
+                save_calibration(subject.folder, temperature=subject.temperature, threshold=found[-1].threshold)
+            accelerator.wait_for_everyone()
+    first = subjects[0]
+    return Evaluation(
+        data=data.data,
+        images=evaluator.images,
+        task=first.task,
+        models=tuple(found),
+        fitted_on=len(sets.held) if sets.held is not None else 0,
+        segmentation=first.segmentation,
+        ood=evaluator.ood_images,
+        classes=sets.known.classes,
+        versions={name: version(name) for name in ("masksurgery", "torch", "timm", "torchmetrics")},
+    )
+
+
+def _open_subjects(places: Sequence[Any], trust: bool, **settings: Any) -> list[Subject]:
+    """All models; base models take over what the first converted one says of its outputs."""
+    if not places:
+        raise ConfigError("There is no model to evaluate. Pass a folder.")
+    found = [open_subject(place, trust=trust, **settings) for place in places]
+    lead = next((one for one in found if one.kind == "converted"), None)
+    if lead is not None:
+        own = {name: getattr(lead, name) for name in settings}
+        if own != settings:
+            found = [
+                open_subject(place, trust=trust, **own) if one.kind == "base" else one
+                for place, one in zip(places, found, strict=True)
+            ]
+    return found
+
+
+def _check_together(subjects: Sequence[Subject]) -> None:
+    """Raise a ConfigError unless these can stand side by side."""
+    first = subjects[0]
+    for other in subjects[1:]:
+        for name in ("task", "outputs", "segmentation"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"'{first.name}' has {name}={ours!r}, '{other.name}' {name}={theirs!r}: they cannot be evaluated "
+                    f"side by side. Evaluate them one by one."
+                )
+    names = [subject.name for subject in subjects]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"'{name}' stands there twice. Pass each model once.")
