@@ -18,7 +18,7 @@ from masksurgery.folders import SavedModel, check_masks, check_replaceable, find
 from masksurgery.model import ConvertedModel
 from masksurgery.prediction import check_temperature
 from masksurgery.rebuild import describe, plain_cfg
-from masksurgery.record import read_object, read_record
+from masksurgery.record import Inputs, read_object, read_record
 from masksurgery.restore import as_tuples, restore_base, restore_draft
 from masksurgery.scores import Threshold
 from masksurgery.types import CheckpointError, ConfigError, MasksurgeryError
@@ -121,11 +121,27 @@ def load_base(
         device: Where the model is to be.
         trust: Import and run the user's own factory that the folder names. Only for folders that you wrote yourself.
     Returns:
-        The base model in eval mode, with the pretrained_cfg that the converted model had.
+        The base model in eval mode, with the pretrained_cfg that the converted model had, which names the size of the
+        images that it was converted for.
     Raises:
         CheckpointError: Names the file and the key that is missing or wrong.
     """
-    return restore_base(SavedModel.read(directory), base, trust).eval().to(device)
+    saved = SavedModel.read(directory)
+    model = restore_base(saved, base, trust)
+    _set_size(model, saved.record.inputs)
+    return model.eval().to(device)
+
+
+def _set_size(model: nn.Module, inputs: Inputs) -> None:
+    """Let the pretrained_cfg say which images a model takes; what it recommends for others goes."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    shapes = [x["shape"] for x in (*inputs.args, *inputs.kwargs.values()) if isinstance(x, Mapping) and "shape" in x]
+    if cfg is None or [len(shape) for shape in shapes] != [4]:  # it takes something else
+        return
+    size = tuple(shapes[0][1:])
+    if tuple(cfg.get("input_size") or ()) != size:
+        kept = {key: value for key, value in cfg.items() if key not in ("test_input_size", "test_crop_pct")}
+        model.pretrained_cfg = {**kept, "input_size": size}  # type: ignore[assignment]
 
 
 def save_base(model: nn.Module, directory: str | Path, recipe: Mapping[str, Any] | None) -> Path:

@@ -18,7 +18,7 @@ from torch import nn
 
 import masksurgery
 from masksurgery import CheckpointError, ConfigError
-from masksurgery.checkpoint import CONFIG, WEIGHTS, load_base
+from masksurgery.checkpoint import CONFIG, WEIGHTS, load_base, save_base
 from masksurgery.factory import create_base
 from masksurgery.images import label_names, predict_images
 from nets import randomise
@@ -69,6 +69,22 @@ def test_the_base_model_has_the_saved_weights(tmp_path: Path) -> None:
     assert loaded.pretrained_cfg == model.pretrained_cfg
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert masksurgery.convert(loaded).surgery == model.surgery
+
+
+def test_the_base_model_takes_images_of_the_size_that_it_was_converted_for(tmp_path: Path) -> None:
+    base = timm.create_model("test_resnet", num_classes=6).eval()
+    base.pretrained_cfg = {**base.pretrained_cfg, "test_input_size": (3, 288, 288)}
+    for size in (160, 32):
+        x = torch.zeros(1, 3, size, size)
+        loaded = load_base(masksurgery.save(masksurgery.convert(base, example_inputs=(x,)), tmp_path / str(size)))
+        assert loaded.pretrained_cfg["input_size"] == (3, size, size)
+        assert ("test_input_size" in loaded.pretrained_cfg) is (size == 160)
+        save_base(loaded, tmp_path / "base", None)
+        own = json.loads((tmp_path / "base" / CONFIG).read_text())["pretrained_cfg"]
+        assert timm.data.resolve_data_config(pretrained_cfg=own)["input_size"] == [3, size, size]
+        assert masksurgery.convert(loaded).inputs["args"][0]["shape"] == [1, 3, size, size]
+    base, model = small()
+    assert not hasattr(load_base(masksurgery.save(model, tmp_path / "own"), base=base), "pretrained_cfg")
 
 
 def test_the_base_model_that_only_the_caller_has(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_temperature(kind: str) -> None:
     subject.temperature = 4
     assert torch.allclose(predict(subject)[1].members, before.members / 4) and subject.temperature == 4
     for wrong in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=f"temperature={wrong!r} is not a positive finite number"):
+        with pytest.raises(ConfigError, match=rf"temperature={wrong!r} is not a (positive )?finite number"):
             subject.temperature = wrong
     assert subject.temperature == 4
 
