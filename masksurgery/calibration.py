@@ -10,12 +10,12 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from masksurgery.losses import match_targets
 from masksurgery.metrics import RankedScores
 from masksurgery.metrics.bins import bin_edges
 from masksurgery.metrics.items import check_numbers, known_classes, known_labels, to_device
+from masksurgery.metrics.sums import Sums
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import Score, Threshold
 from masksurgery.types import ConfigError, EvaluationError, Task
@@ -26,7 +26,7 @@ _PIXELS = 256  # of an image
 logger = logging.getLogger(__name__)
 
 
-class TemperatureFit(Metric):
+class TemperatureFit(Sums):
     """The temperature that makes held-out data most likely, see `Head.temperature`.
 
     Classes and labels: what divides the members' logits. The negative log-likelihood of the members' mixture is summed
@@ -47,7 +47,6 @@ class TemperatureFit(Metric):
         Guo et al. 2017, arXiv:1706.04599; of an ensemble's mixture Rahaman and Thiery 2021, arXiv:2007.08792.
     """
 
-    full_state_update = False
     sums: Tensor
     items: Tensor
     blind: Tensor
@@ -58,9 +57,9 @@ class TemperatureFit(Metric):
         super().__init__()
         self.task, self.class_dim, self.segmentation = task, class_dim, segmentation
         size = 1 if task == "regression" else len(_GRID)
-        self.add_state("sums", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("items", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("blind", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_sum("sums", size)
+        self.add_count("items")
+        self.add_count("blind")
         self.to(device)
 
     def update(self, p: Prediction | RegressionPrediction, y: Tensor) -> None:

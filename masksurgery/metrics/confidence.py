@@ -5,27 +5,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from masksurgery.evaluation import Reliability
 from masksurgery.metrics.bins import BINS, bin_index, tally
+from masksurgery.metrics.sums import Sums
 
 SECTIONS = 15
 
 
-class _Confidence(Metric):
+class _Confidence(Sums):
     """Items by bins of their confidence: their number, the sum of their confidences, how many of them are right."""
 
-    full_state_update = False
     counts: Tensor
     confidence: Tensor
     right: Tensor
 
     def __init__(self, bins: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(bins, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("confidence", torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("right", torch.zeros(bins, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_count("counts", bins)
+        self.add_sum("confidence", bins)
+        self.add_count("right", bins)
 
     def update(self, unsure: Tensor, right: Tensor) -> None:
         """Count m items: 1 less their confidence [m], and whether they are right, bool [m]."""

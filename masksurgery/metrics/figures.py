@@ -16,9 +16,9 @@ from masksurgery.evaluation import Reliability
 from masksurgery.losses import match_targets
 from masksurgery.metrics.confidence import EqualCount, EqualWidth, calibration_error, reliability
 from masksurgery.metrics.items import class_items, label_items
-from masksurgery.metrics.mean import Mean
 from masksurgery.metrics.members import Agreement, diversity, mean_disagreement
 from masksurgery.metrics.normal import LEVELS, NormalFit, crps_of_members, crps_of_normal, interval_reliability
+from masksurgery.metrics.sums import Mean
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.types import Task
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from masksurgery.metrics.sums import Sums
 
 
-class Agreement(Metric):
+class Agreement(Sums):
     """Counts, over items, of right members, of pairs that differ, and of items in which all members answer alike."""
 
-    full_state_update = False
     items: Tensor
     alike: Tensor
     right: Tensor
@@ -19,8 +18,10 @@ class Agreement(Metric):
     def __init__(self, n: int) -> None:
         super().__init__()
         self.n = n
-        for name, shape in (("items", ()), ("alike", ()), ("right", (n,)), ("differ", (n, n))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_count("items")
+        self.add_count("alike")
+        self.add_count("right", n)
+        self.add_count("differ", n, n)
 
     def update(self, members: Tensor, truth: Tensor) -> None:
         """Count m items: the members' answers [n, m] and the right ones [m]."""

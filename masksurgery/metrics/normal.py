@@ -6,15 +6,15 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from masksurgery.evaluation import Reliability
+from masksurgery.metrics.sums import Sums
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Of the central intervals of the normal distribution."""
 
 
-class NormalFit(Metric):
+class NormalFit(Sums):
     """Sums over numbers of what the normal distribution with their mean and variance says of the truth.
 
     compute() returns the number of items, the mean variance, the negative log-likelihood in nats, and the share of
@@ -22,7 +22,6 @@ class NormalFit(Metric):
     with such an item is 0, its nll infinite.
     """
 
-    full_state_update = False
     items: Tensor
     variance: Tensor
     nll: Tensor
@@ -30,10 +29,10 @@ class NormalFit(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("items", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("variance", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("inside", torch.zeros(len(LEVELS), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_count("items")
+        self.add_sum("variance")
+        self.add_sum("nll")
+        self.add_count("inside", len(LEVELS))
 
     def update(self, mean: Tensor, variance: Tensor, y: Tensor) -> None:
         """Add m numbers, float64 [m] each."""

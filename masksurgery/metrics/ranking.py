@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from masksurgery.evaluation import Curve
 from masksurgery.metrics.bins import BINS, bin_edges, bin_index, tally
 from masksurgery.metrics.items import to_device
+from masksurgery.metrics.sums import Sums
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import SCORES, Score, image_scores
 from masksurgery.types import EvaluationError, Task
 
 
-class RankedScores(Metric):
+class RankedScores(Sums):
     """How many images have which score, and the sum of their losses, in bins of 0.025%.
 
     Every figure is made of what `compute` returns, which adds the states of all processes once and remembers them
@@ -31,7 +31,6 @@ class RankedScores(Metric):
         scores: Those that are kept.
     """
 
-    full_state_update = False
     counts: Tensor
     losses: Tensor
     judged: Tensor
@@ -40,10 +39,9 @@ class RankedScores(Metric):
         super().__init__()
         self.task, self.class_dim = task, class_dim
         self.scores: tuple[Score, ...] = ("variance",) if task == "regression" else SCORES if n > 1 else SCORES[:2]
-        shape = (len(self.scores), BINS)
-        self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("losses", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("judged", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_count("counts", len(self.scores), BINS)
+        self.add_sum("losses", len(self.scores), BINS)
+        self.add_count("judged")
         self.to(device)
 
     def update(self, p: Prediction | RegressionPrediction, loss: Tensor | None = None) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from masksurgery.data import IGNORED
 from masksurgery.evaluation import METRICS, Curve, Reliability
 from masksurgery.metrics.figures import ClassFigures, NumberFigures
 from masksurgery.metrics.items import check_numbers, to_device
 from masksurgery.metrics.ranking import RankedScores
+from masksurgery.metrics.sums import Sums
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import Score, Threshold
 from masksurgery.types import EvaluationError, Task
@@ -141,7 +141,7 @@ class Suite:
         Raises:
             EvaluationError: There are no images.
         """
-        with warnings.catch_warnings():  # a process may be left without a batch; without any there is an error
+        with warnings.catch_warnings():  # of torchmetrics' own: a process may be left without a batch
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             images, refused, lost = self._images.compute()
             if not images:
@@ -161,19 +161,18 @@ class Suite:
         return Found(ordered, summary.members, summary.disagreement, summary.reliability, curves, images)
 
 
-class _Images(Metric):
+class _Images(Sums):
     """Counts images and those that a threshold refuses, and adds the losses of the others."""
 
-    full_state_update = False
     images: Tensor
     refused: Tensor
     loss: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("refused", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("loss", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_count("images")
+        self.add_count("refused")
+        self.add_sum("loss")
 
     def update(self, loss: Tensor, unsure: Tensor | None = None) -> None:
         """Count b images with their losses [b] and, with a threshold, which of them are refused, bool [b]."""
