@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +15,9 @@ from masksurgery.data import DataConfig, explained_death
 from masksurgery.evaluation import Evaluation, ModelEvaluation
 from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.evaluation_data import open_sets
+from masksurgery.images import readable
 from masksurgery.processes import accelerated, require
-from masksurgery.subjects import Subject, check_classes, open_subject
+from masksurgery.subjects import Subject, check_classes, converted_settings, open_subject
 from masksurgery.types import ConfigError, Task
 
 if TYPE_CHECKING:
@@ -94,16 +96,21 @@ def _open_subjects(places: Sequence[Any], trust: bool, **settings: Any) -> list[
     """All models; base models take over what the first converted one says of its outputs."""
     if not places:
         raise ConfigError("There is no model to evaluate. Pass a folder.")
-    found = [open_subject(place, trust=trust, **settings) for place in places]
-    lead = next((one for one in found if one.kind == "converted"), None)
-    if lead is not None:
-        own = {name: getattr(lead, name) for name in settings}
-        if own != settings:
-            found = [
-                open_subject(place, trust=trust, **own) if one.kind == "base" else one
-                for place, one in zip(places, found, strict=True)
-            ]
-    return found
+    own = next(filter(None, map(converted_settings, places)), settings)
+    return [
+        open_subject(place, trust=trust, name=name, **own)
+        for place, name in zip(places, _short_names(places), strict=True)
+    ]
+
+
+def _short_names(places: Sequence[Any]) -> list[str | None]:
+    """Folders side by side are called by what tells them apart; None for the name that a model has anyway."""
+    if len(places) < 2 or any(isinstance(place, nn.Module) or not Path(place).is_dir() for place in places):
+        return [None] * len(places)
+    folders = [Path(place).resolve() for place in places]
+    shared = Path(os.path.commonpath(folders))
+    shared = shared.parent if shared in folders else shared
+    return [readable(folder.relative_to(shared)) for folder in folders]
 
 
 def _check_together(subjects: Sequence[Subject]) -> None:

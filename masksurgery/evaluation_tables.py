@@ -88,7 +88,7 @@ def number(value: float | None, metric: Metric) -> str:
 def rule(threshold: Threshold) -> str:
     """When an image gets an answer, in words."""
     where = "at least" if threshold.score == "max_probability" else "at most"
-    return f"{SCORE_TITLES[threshold.score]} {where} {threshold.value:.3g}"
+    return f"{SCORE_TITLES[threshold.score]} is {where} {threshold.value:.3g}"
 
 
 def _thresholds(models: Sequence[ModelEvaluation]) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _thresholds(models: Sequence[ModelEvaluation]) -> Iterator[str]:
         if model.threshold is not None:
             share, risk = model.figures.get("answered"), model.figures.get("answered_risk")
             error = "" if risk is None else f", with an error of {number(risk, METRICS['answered_risk'])}"
-            yield f"{model.name} answers where {rule(model.threshold)}: {share:.1%} of the images{error}."
+            yield f"{model.name} answers where its {rule(model.threshold)}: {share:.1%} of the images{error}."
 
 
 def _cells(values: Sequence[float | None], metric: Metric) -> list[Text]:

@@ -28,7 +28,7 @@ from masksurgery.prediction import (
     count_outputs,
     leaf_tasks,
 )
-from masksurgery.record import read_object
+from masksurgery.record import read_object, read_record
 from masksurgery.scores import Threshold
 from masksurgery.sources import NO_WEIGHTS, one_line
 from masksurgery.transforms import Preprocessing
@@ -212,16 +212,35 @@ def _are_indices(names: Sequence[str]) -> bool:
 # --- where a model comes from ----------------------------------------------------------------------------------------
 
 
-def _open(place: str | Path | nn.Module, trust: bool) -> tuple[nn.Module, Path | None]:
-    """The model, and the folder that it was read from if that is on this machine."""
+def converted_settings(place: str | Path | nn.Module) -> dict[str, Any] | None:
+    """What a converted model says of its outputs, as arguments of `open_subject`; None of a base model."""
     if isinstance(place, nn.Module):
-        return copy_module(place), None
+        source: Any = place.settings if isinstance(place, ConvertedModel) else None
+    else:
+        folder = _find(place)
+        content = read_object(folder / CONFIG) if folder else {}
+        source = read_record(folder / CONFIG) if folder and "format_version" in content else None
+    if source is None:
+        return None
+    return {name: getattr(source, name) for name in ("task", "class_dim", "heteroscedastic")}
+
+
+def _find(place: str | Path) -> Path | None:
+    """The folder, that of a hub repository too; None where it is the name of a model."""
     name = str(place)
     if isinstance(place, str) and re.match("hf[-_]hub:", name):
-        return _read(find_folder(f"hf-hub:{name[7:]}"), trust), None
+        return find_folder(f"hf-hub:{name[7:]}")
     folder = Path(name.removeprefix("local-dir:"))
-    if isinstance(place, Path) or folder.exists() or "/" in name:
-        return _read(find_folder(folder), trust), folder
+    return find_folder(folder) if isinstance(place, Path) or folder.exists() or "/" in name else None
+
+
+def _open(place: str | Path | nn.Module, trust: bool) -> tuple[nn.Module, Path | None]:
+    """The model, and the folder that it was read from if that is the user's own."""
+    if isinstance(place, nn.Module):
+        return copy_module(place), None
+    folder, name = _find(place), str(place)
+    if folder is not None:
+        return _read(folder, trust), None if re.match("hf[-_]hub:", name) else folder
     try:
         return create_base(name)[0], None
     except ConfigError as error:

@@ -177,7 +177,7 @@ def test_json_and_csv(place: Path, data: DataConfig, tmp_path: Path) -> None:
     assert "image" not in record["models"][1]["galleries"]["surest"][0]
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    name, unknown = str(place / "ensemble"), str(place / "unknown")
+    name, unknown = "ensemble", str(place / "unknown")
     chosen = [row for row in rows if row["model"] == name and row["set"] == unknown and row["score"] == "entropy"]
     assert {row["metric"]: float(row["value"]) for row in chosen} == found.models[1].detection[unknown]["entropy"]
     of_contrast = [row for row in rows if row["model"] == name and row["corruption"] == "contrast"]
@@ -271,6 +271,14 @@ def test_segmentation(tmp_path: Path) -> None:
     assert 0 < figures["miou"] < 0.6 and math.isfinite(figures["nll"])
     assert [title for title, _ in galleries["uncertain"][0].maps] == ["prediction", "truth", "variance"]
     assert len(found.models[0].corruption["rotation"]) == 5
+
+
+def test_folders_are_called_by_what_tells_them_apart(place: Path, data: DataConfig, tmp_path: Path) -> None:
+    for name in ("one/model", "two/model"):
+        shutil.copytree(place / "base", tmp_path / name)
+    found = evaluate([tmp_path / "one" / "model", str(tmp_path / "two" / "model")], data, config=SMALL)
+    assert [model.name for model in found.models] == ["one/model", "two/model"]
+    assert evaluate(place / "base", data, config=SMALL).models[0].name == str(place / "base")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
