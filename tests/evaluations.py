@@ -300,8 +300,8 @@ def segmentation() -> Evaluation:
             Sample(
                 f"street/{k}.png",
                 photo(k),
-                None,
-                "",
+                "road 52%, car 31%, sky 17%",
+                "road 48%, car 30%, sky 22%",
                 None,
                 {"max_probability": 0.2, "entropy": 0.4 + k / 10},
                 maps=maps(k),
@@ -328,6 +328,17 @@ def single() -> Evaluation:
     return Evaluation(
         "photos", 1, "classification", (ModelEvaluation("resnet50", "base", 1, {"accuracy": 1.0, "nll": 0.03}),)
     )
+
+
+def multilabel() -> Evaluation:
+    """Each vote is a list of labels, without a probability."""
+    votes = (Vote("sunny, beach"), Vote("sunny"), Vote("sunny, beach"), Vote("none"))
+    samples = tuple(
+        Sample(f"{k}.jpg", photo(k), "sunny", "sunny, beach", False, {"max_probability": 0.1, "entropy": 0.3}, votes)
+        for k in range(3)
+    )
+    model = classifier("tagger", 0.4, n=4, corruption={}, galleries={"uncertain": samples})
+    return Evaluation("holidays", 300, "multilabel", (model,), classes=("sunny", "beach"))
 
 
 def many() -> Evaluation:
@@ -378,4 +389,6 @@ def broken() -> Evaluation:
     return Evaluation("digits", 100, "classification", models, ood={"noise": 10})
 
 
-ALL = {f.__name__: f for f in (classification, hostile, regression, segmentation, single, many, four, broken)}
+ALL = {
+    f.__name__: f for f in (classification, hostile, regression, segmentation, multilabel, single, many, four, broken)
+}

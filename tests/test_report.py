@@ -23,6 +23,7 @@ from evaluations import (
     four,
     hostile,
     many,
+    multilabel,
     photo,
     regression,
     segmentation,
@@ -151,9 +152,21 @@ def test_the_headline_says_what_changed(whole: str) -> None:
 def test_the_best_is_marked(whole: str) -> None:
     cells = re.findall(r'<td data-model="([^"]*)"( class="best")?>([^<]*)</td>', whole)
     assert ("runs/resnet10t-masked", ' class="best"', "0.240") in cells and ("resnet10t", "", "0.340") in cells
+    assert ("runs/resnet10t-masked", ' class="best"', "96.4%") in cells and ("resnet10t", "", "92.4%") in cells
     assert ("runs/resnet10t-masked", "", "88.0%") in cells  # agreement is neither good nor bad
     assert ("runs/resnet10t-masked", "", "entropy ≤ 0.620") in cells and ("resnet10t", "", "1.87") in cells
     assert 'class="best"' not in render(single)
+
+
+def test_the_best_of_each_score_is_marked(whole: str) -> None:
+    rows = re.findall(r'<th scope="row"><bdi>([^<]*)</bdi></th>((?:<td[^/]*/td>)+)</tr>', whole)
+    entropy = [(name, re.findall(r"<td( class=.best.)?>([^<]*)<", cells)) for name, cells in rows[2:4]]
+    best = ' class="best"'
+    assert entropy == [
+        ("resnet10t", [("", "78.0%"), ("", "68.0%"), ("", "32.0%")]),
+        ("runs/resnet10t-masked", [(best, "88.0%"), (best, "78.0%"), (best, "22.0%")]),
+    ]
+    assert "best" not in rows[4][1]  # the base model has no mutual information
 
 
 def test_sections_without_data_do_not_appear() -> None:
@@ -192,6 +205,13 @@ def test_votes_are_listed_or_counted() -> None:
 
     assert "probability 0.900 entropy 0.300 1 ≠ dog 0.900 2 cat 0.900 3 cat 0.900 4 ≠ dog 0.900" in text(4)
     assert text(12).endswith("unsure probability 0.900 entropy 0.300 cat 8 dog 4")
+
+
+def test_votes_without_probabilities() -> None:
+    text = " ".join(Page(render(multilabel)).texts)
+    assert "entropy 0.300 1 sunny, beach 2 ≠ sunny 3 sunny, beach 4 ≠ none" in text
+    assert "Each bar holds the labels of a confidence" in text
+    assert "1 30 2 31 3 32 4 33" in " ".join(Page(render(regression)).texts)  # numbers always differ
 
 
 def test_a_single_point_and_an_empty_range_are_drawn() -> None:
