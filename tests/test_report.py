@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from skimage.color import rgb2lab
 
+from evaluation_parts import photo
 from evaluations import (
     ALL,
     HOSTILE,
@@ -24,13 +25,12 @@ from evaluations import (
     hostile,
     many,
     multilabel,
-    photo,
     regression,
     segmentation,
     single,
 )
 from masksurgery import plots, report
-from masksurgery.evaluation import Curve, Evaluation, Histogram, ModelEvaluation, Sample, Vote
+from masksurgery.evaluation import Curve, Evaluation, Histogram, ModelEvaluation, Reliability, Sample, Vote
 from masksurgery.panels import write_number
 from masksurgery.report import render_report, write_report
 from masksurgery.scores import Threshold
@@ -169,6 +169,17 @@ def test_the_best_of_each_score_is_marked(whole: str) -> None:
     assert "best" not in rows[4][1]  # the base model has no mutual information
 
 
+def test_the_sentence_of_a_reliability_diagram(whole: str) -> None:
+    assert "81.3% sure on average, 71.5% right: surer than right." in Page(whole).texts
+    bins = Reliability((0.25, 0.75), (0.5, 0.75), (0.0, 1.0))
+    model = replace(single().models[0], reliability=bins)
+    page = Page(render_report(replace(single(), models=(model,))))
+    assert "75.0% sure on average, 75.0% right: as it should be." in page.texts
+    model = replace(model, reliability=replace(bins, accuracy=(0.5, 1.0)))
+    page = Page(render_report(replace(single(), models=(model,))))
+    assert "75.0% sure on average, 100% right: less sure than right." in page.texts
+
+
 def test_sections_without_data_do_not_appear() -> None:
     page = Page(render(single))
     assert page.headings() == ["headline", "figures"]
@@ -222,6 +233,21 @@ def test_a_single_point_and_an_empty_range_are_drawn() -> None:
     )
     labels = Page(render_report(Evaluation("d", 1, "classification", (model,)))).labels()
     assert "Risk-coverage" in labels and "Histograms" in labels
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([(0.5, 1.0), (2.0,)], (0, 2.12)),
+        ([(-1.0, 1.0)], (-1.06, 1.06)),  # the NLL of a regression
+        ([(-2.0, -1.0)], (-2.12, 0)),
+        ([(0.0,)], (0, 1)),
+        ([(float("nan"), float("inf"))], (0, 1)),
+        ([], (0, 1)),
+    ],
+)
+def test_axes_hold_all_numbers(values: list[tuple[float, ...]], limits: tuple[float, float]) -> None:
+    assert plots.limits_of(values) == pytest.approx(limits)
 
 
 def test_the_same_evaluation_gives_the_same_page(whole: str) -> None:
