@@ -107,7 +107,8 @@ def _reliability(k: int, model: ModelEvaluation, found: Reliability, levels: boo
         sure = sum(share * x for share, x, _ in kept) / whole
         right = sum(share * y for share, _, y in kept) / whole
         verdict = "surer than right" if sure > right else "less sure than right"
-        text = f"{write_number(sure, True)} sure on average, {write_number(right, True)} right: {verdict}."
+        texts = write_number(sure, True), write_number(right, True)
+        text = f"{texts[0]} sure on average, {texts[1]} right: {verdict if len({*texts}) == 2 else 'as it should be'}."
     svg = plots.draw_reliability(
         f"reliability-{k}", f"Reliability diagram of {model.name}. {text}", found, levels=levels
     )
@@ -213,7 +214,7 @@ def corruption_groups(evaluation: Evaluation) -> tuple[Group, ...]:
     groups = []
     for kind in kinds:
         panels = [
-            _corruption(evaluation, kind, name, lines, _end_of_axis(evaluation, kinds, name))
+            _corruption(evaluation, kind, name, lines, _limits(evaluation, kinds, name))
             for name in METRICS
             if (lines := _severities(evaluation, kind, name))
         ]
@@ -222,9 +223,9 @@ def corruption_groups(evaluation: Evaluation) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _end_of_axis(evaluation: Evaluation, kinds: Iterable[str], name: str) -> float:
+def _limits(evaluation: Evaluation, kinds: Iterable[str], name: str) -> tuple[float, float]:
     lines = [line for kind in kinds for line in _severities(evaluation, kind, name).values()]
-    return 1.02 if METRICS[name].percent else plots.end_of_axis(lines)
+    return (0, 1.02) if METRICS[name].percent else plots.limits_of(lines)
 
 
 def _severities(evaluation: Evaluation, kind: str, name: str) -> dict[int, list[float]]:
@@ -239,13 +240,13 @@ def _severities(evaluation: Evaluation, kind: str, name: str) -> dict[int, list[
 
 
 def _corruption(
-    evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], top: float
+    evaluation: Evaluation, kind: str, name: str, lines: Mapping[int, Sequence[float]], limits: tuple[float, float]
 ) -> Panel:
     metric = METRICS[name]
     keys = tuple(Key(k, evaluation.models[k].name, write_metric(metric, line[-1])) for k, line in lines.items())
     last = max(map(len, lines.values())) - 1
     label = f"{metric.title} under {kind}. At severity {last}: {_listed(keys)}"
-    svg = plots.draw_severities(f"{name}-{kind}", label, lines, metric.title, metric.percent, top)
+    svg = plots.draw_severities(f"{name}-{kind}", label, lines, metric.title, metric.percent, limits)
     return Panel(metric.title, svg, metric.text, keys)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from masksurgery.evaluation import Curve, Histogram, Reliability
@@ -22,6 +23,7 @@ WIDTH = 340
 FONT_SIZE = 11.5
 
 BOTTOM = 40
+"""What is below the axes: their numbers and their name."""
 
 ROLES = ("ink", "muted", "line", "bar", "known", "unknown", *(f"series-{k}" for k in range(6)))
 """The colours of a drawing: custom properties of the page, which has values of them for light and for dark."""
@@ -115,9 +117,7 @@ def draw_risk_coverage(
         for k, (coverage, risk) in points.items():
             axes.plot(coverage, risk, "o", markersize=11, markerfacecolor="none", markeredgewidth=1.8,
                       markeredgecolor=_SENTINELS[series(k).role], zorder=4)  # fmt: skip
-        axes.set(
-            xlim=(0, 1.01), ylim=(0, end_of_axis([c.y for c in curves.values()] + [(y,) for _, y in points.values()]))
-        )
+        axes.set(xlim=(0, 1.01), ylim=limits_of([c.y for c in curves.values()] + [(y,) for _, y in points.values()]))
         _label(axes, "coverage", "error" if percent else "squared error", percent="xy" if percent else "x")
 
     return _svg(name, label, 260, paint)
@@ -134,7 +134,7 @@ def draw_histograms(name: str, label: str, known: Histogram, unknown: Histogram,
         axes.stairs(shares[0], known.edges, fill=True, color=known_color, alpha=0.35)
         axes.stairs(shares[0], known.edges, color=known_color, linewidth=1.2)
         axes.stairs(shares[1], unknown.edges, color=unknown_color, linewidth=2, linestyle=(0, (3, 1.2)))
-        axes.set(xlim=(first, last if last > first else first + 1), ylim=(0, end_of_axis(shares)))
+        axes.set(xlim=(first, last if last > first else first + 1), ylim=limits_of(shares))
         _label(axes, score, "share of images", percent="y")
 
     return _svg(name, label, 240, paint)
@@ -155,16 +155,16 @@ def draw_roc(name: str, label: str, curves: Mapping[int, Curve]) -> str:
 
 
 def draw_severities(
-    name: str, label: str, lines: Mapping[int, Sequence[float]], title: str, percent: bool, top: float
+    name: str, label: str, lines: Mapping[int, Sequence[float]], title: str, percent: bool, limits: tuple[float, float]
 ) -> str:
-    """A figure of each model, by its number, over the severities from 0 of a corruption; the axis ends at `top`."""
+    """A figure of each model, by its number, over the severities from 0 of a corruption."""
 
     def paint(figure: Figure) -> None:
         axes = _axes(figure)
         for k, values in lines.items():
-            _line(axes, k, range(len(values)), values, every=1)
+            _line(axes, k, range(len(values)), values, at_points=True)
         last = max(map(len, lines.values())) - 1
-        axes.set(xlim=(-0.15, last + 0.15), ylim=(0, top), xticks=range(last + 1))
+        axes.set(xlim=(-0.15, last + 0.15), ylim=limits, xticks=range(last + 1))
         _label(axes, "severity", title, percent="y" if percent else "")
 
     return _svg(name, label, 220, paint)
@@ -231,22 +231,22 @@ def _axes(figure: Figure, bottom: float = BOTTOM, height: float | None = None) -
 
 def _label(axes: Axes, below: str, above: str, percent: str) -> None:
     """Name the axes, and write those named in `percent` as percents."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import AutoLocator, MaxNLocator
 
     axes.set_xlabel(below)
     axes.set_title(above, x=-0.12, pad=9)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.axis_name in percent:
             axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        if axis.get_major_locator().__class__.__name__ == "AutoLocator":
+        if isinstance(axis.get_major_locator(), AutoLocator):
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _line(axes: Axes, k: int, x: Iterable[float], y: Iterable[float], every: float | None = None) -> None:
-    """The line of model k. On a curve its markers are shifted, so that models on one curve can be told apart."""
+def _line(axes: Axes, k: int, x: Iterable[float], y: Iterable[float], at_points: bool = False) -> None:
+    """The line of model k. Its markers stand at the points, or shifted, so that equal curves can be told apart."""
     look, values = series(k), [_number(value) for value in y]
     color = _SENTINELS[look.role]
-    shift = (0.04 + 0.02 * (k % 8), 0.2) if every is None and len(values) > 2 else None
+    shift = (0.04 + 0.02 * (k % 8), 0.2) if not at_points and len(values) > 2 else None
     (line,) = axes.plot(
         list(x), values, color=color, linewidth=1.8, marker=look.marker, markersize=5.5, markevery=shift
     )
@@ -257,8 +257,6 @@ def _line(axes: Axes, k: int, x: Iterable[float], y: Iterable[float], every: flo
 
 def _embed(svg: str, label: str, height: int) -> str:
     """An SVG file as an element of a page: colours and font of the page, no address, no id but those that are used."""
-    from html import escape
-
     body = svg[svg.index("</defs>") + len("</defs>") : svg.rindex("</svg>")]  # the first ones hold a style for all
     body = re.sub(r"#fe([0-9a-f]{2})01", lambda m: f"var(--{ROLES[int(m[1], 16)]})", body)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)  # as matplotlib before 3.10 has it
@@ -274,6 +272,8 @@ def _number(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.nan
 
 
-def end_of_axis(lines: Iterable[Iterable[float]]) -> float:
-    """A little above the largest number."""
-    return 1.06 * max((y for line in lines for y in line if math.isfinite(y)), default=1.0) or 1.0
+def limits_of(lines: Iterable[Iterable[float]]) -> tuple[float, float]:
+    """From 0, or a little below the smallest number, to a little above the largest."""
+    values = [y for line in lines for y in line if math.isfinite(y)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return (1.06 * min(low, 0), 1.06 * max(high, 0)) if low < 0 or high > 0 else (0.0, 1.0)

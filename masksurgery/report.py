@@ -148,7 +148,7 @@ def _card(metric: Metric, title: str, before: float | None, after: float | None)
     if metric.percent:
         change = f"by {panels.write_number(100 * abs(after - before))} points"
     else:
-        change = f"by {panels.write_number(abs(after / before - 1), percent=True)}" if before else ""
+        change = f"by {panels.write_number(abs((after - before) / before), percent=True)}" if before else ""
     return Card(title, metric.text, texts[0], texts[1], verdict, change)
 
 

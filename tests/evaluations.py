@@ -3,13 +3,11 @@
 import io
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 from PIL import Image
-from skimage import data
-from sklearn.datasets import load_digits
 
+from evaluation_parts import digit, encode, galleries, gallery, histogram, photo, reliability, risk_coverage, roc
 from masksurgery.evaluation import Curve, Evaluation, Histogram, ModelEvaluation, Reliability, Sample, Vote
 from masksurgery.scores import SCORES, Threshold
 
@@ -26,115 +24,6 @@ HOSTILE = (
 """Names that would break a page that trusts them."""
 
 VERSIONS = {"masksurgery": "0.1.0", "torch": "2.6.0", "timm": "1.0.15"}
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def encode(pixels: np.ndarray, form: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form)
-    return stream.getvalue()
-
-
-@cache
-def digit(k: int) -> bytes:
-    """An 8 by 8 digit, enlarged to 96 by 96."""
-    return encode(np.kron((load_digits().images[k] * 15).astype(np.uint8), np.ones((12, 12), np.uint8)))
-
-
-@cache
-def photo(k: int) -> bytes:
-    """A part of a photo, 128 by 96."""
-    whole = (data.astronaut, data.chelsea, data.coffee, data.rocket)[k % 4]()
-    height, width = whole.shape[:2]
-    part = Image.fromarray(whole[height // 8 :, width * (k // 4) // 8 :]).resize((128, 96))
-    return encode(np.asarray(part), "JPEG")
-
-
-@cache
-def noise(k: int) -> bytes:
-    return encode(np.random.default_rng(k).integers(0, 256, (96, 128, 3), dtype=np.uint8), "JPEG")
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def reliability(rng: np.random.Generator, surer: float, bins: int = 15) -> Reliability:
-    """The confidence exceeds the accuracy by `surer` at most; the lowest bins are empty."""
-    confidence = (np.arange(bins) + 0.5) / bins
-    accuracy = np.clip(confidence - surer * np.sin(np.pi * confidence) + rng.normal(0, 0.02, bins), 0, 1)
-    shares = np.where(np.arange(bins) < 3, 0, np.exp(5 * confidence))
-    empty = [k < 3 for k in range(bins)]
-    return Reliability(
-        tuple(None if e else float(c) for c, e in zip(confidence, empty, strict=True)),
-        tuple(None if e else float(a) for a, e in zip(accuracy, empty, strict=True)),
-        tuple((shares / shares.sum()).tolist()),
-    )
-
-
-def risk_coverage(risk: float) -> Curve:
-    x = np.linspace(0.005, 1, 200)
-    return Curve(tuple(x.tolist()), tuple((risk * x**3 * (1 + 0.02 * np.sin(60 * x))).tolist()))
-
-
-def histogram(mean: float, end: float) -> Histogram:
-    edges = np.linspace(0, end, 41)
-    shares = np.exp(-(((edges[:-1] + end / 80) / end - mean) ** 2) / 0.04)
-    return Histogram(tuple(edges.tolist()), tuple((shares / shares.sum()).tolist()))
-
-
-def roc(auroc: float) -> Curve:
-    x = np.linspace(0, 1, 200)
-    return Curve(tuple(x.tolist()), tuple((x ** (1 / auroc - 1)).tolist()))
-
-
-# --- galleries -------------------------------------------------------------------------------------------------------
-
-
-def gallery(
-    rng: np.random.Generator,
-    picture: Callable[[int], bytes],
-    labels: Sequence[str],
-    n: int,
-    *,
-    count: int = 8,
-    unknown: bool = False,
-    sure: bool = True,
-    right: bool = True,
-    names: Sequence[str] | None = None,
-) -> tuple[Sample, ...]:
-    samples = []
-    for k in range(count):
-        probability = float(rng.uniform(0.9, 0.9999) if sure else rng.uniform(0.2, 0.5))
-        truth = labels[k % len(labels)]
-        predicted = truth if right else labels[(k + 1) % len(labels)]
-        votes = [Vote(predicted if sure or i % 2 else labels[(k + i) % len(labels)], probability) for i in range(n)]
-        scores = {"max_probability": 1 - probability, "entropy": -math.log(probability)}
-        samples.append(
-            Sample(
-                names[k % len(names)] if names else f"val/{truth}/{k:04}.png",
-                picture(k),
-                None if unknown else truth,
-                predicted,
-                None if unknown else right,
-                scores,
-                tuple(votes),
-                unsure=not sure,
-            )
-        )
-    return tuple(samples)
-
-
-def galleries(
-    rng: np.random.Generator, picture: Callable[[int], bytes], labels: Sequence[str], n: int, **more: object
-) -> dict[str, tuple[Sample, ...]]:
-    return {
-        "surest": gallery(rng, picture, labels, n, **more),
-        "uncertain": gallery(rng, picture, labels, n, sure=False, right=False, **more),
-        "wrong": gallery(rng, picture, labels, n, right=False, **more),
-        "unknown": gallery(rng, noise, labels, n, unknown=True, **more),
-    }
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -300,8 +189,8 @@ def segmentation() -> Evaluation:
             Sample(
                 f"street/{k}.png",
                 photo(k),
-                None,
-                "",
+                "road 52%, car 31%, sky 17%",
+                "road 48%, car 30%, sky 22%",
                 None,
                 {"max_probability": 0.2, "entropy": 0.4 + k / 10},
                 maps=maps(k),
@@ -328,6 +217,17 @@ def single() -> Evaluation:
     return Evaluation(
         "photos", 1, "classification", (ModelEvaluation("resnet50", "base", 1, {"accuracy": 1.0, "nll": 0.03}),)
     )
+
+
+def multilabel() -> Evaluation:
+    """Each vote is a list of labels, without a probability."""
+    votes = (Vote("sunny, beach"), Vote("sunny"), Vote("sunny, beach"), Vote("none"))
+    samples = tuple(
+        Sample(f"{k}.jpg", photo(k), "sunny", "sunny, beach", False, {"max_probability": 0.1, "entropy": 0.3}, votes)
+        for k in range(3)
+    )
+    model = classifier("tagger", 0.4, n=4, corruption={}, galleries={"uncertain": samples})
+    return Evaluation("holidays", 300, "multilabel", (model,), classes=("sunny", "beach"))
 
 
 def many() -> Evaluation:
@@ -378,4 +278,6 @@ def broken() -> Evaluation:
     return Evaluation("digits", 100, "classification", models, ood={"noise": 10})
 
 
-ALL = {f.__name__: f for f in (classification, hostile, regression, segmentation, single, many, four, broken)}
+ALL = {
+    f.__name__: f for f in (classification, hostile, regression, segmentation, multilabel, single, many, four, broken)
+}

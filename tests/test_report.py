@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from skimage.color import rgb2lab
 
+from evaluation_parts import photo
 from evaluations import (
     ALL,
     HOSTILE,
@@ -23,13 +24,13 @@ from evaluations import (
     four,
     hostile,
     many,
-    photo,
+    multilabel,
     regression,
     segmentation,
     single,
 )
 from masksurgery import plots, report
-from masksurgery.evaluation import Curve, Evaluation, Histogram, ModelEvaluation, Sample, Vote
+from masksurgery.evaluation import Curve, Evaluation, Histogram, ModelEvaluation, Reliability, Sample, Vote
 from masksurgery.panels import write_number
 from masksurgery.report import render_report, write_report
 from masksurgery.scores import Threshold
@@ -151,9 +152,32 @@ def test_the_headline_says_what_changed(whole: str) -> None:
 def test_the_best_is_marked(whole: str) -> None:
     cells = re.findall(r'<td data-model="([^"]*)"( class="best")?>([^<]*)</td>', whole)
     assert ("runs/resnet10t-masked", ' class="best"', "0.240") in cells and ("resnet10t", "", "0.340") in cells
+    assert ("runs/resnet10t-masked", ' class="best"', "96.4%") in cells and ("resnet10t", "", "92.4%") in cells
     assert ("runs/resnet10t-masked", "", "88.0%") in cells  # agreement is neither good nor bad
     assert ("runs/resnet10t-masked", "", "entropy ≤ 0.620") in cells and ("resnet10t", "", "1.87") in cells
     assert 'class="best"' not in render(single)
+
+
+def test_the_best_of_each_score_is_marked(whole: str) -> None:
+    rows = re.findall(r'<th scope="row"><bdi>([^<]*)</bdi></th>((?:<td[^/]*/td>)+)</tr>', whole)
+    entropy = [(name, re.findall(r"<td( class=.best.)?>([^<]*)<", cells)) for name, cells in rows[2:4]]
+    best = ' class="best"'
+    assert entropy == [
+        ("resnet10t", [("", "78.0%"), ("", "68.0%"), ("", "32.0%")]),
+        ("runs/resnet10t-masked", [(best, "88.0%"), (best, "78.0%"), (best, "22.0%")]),
+    ]
+    assert "best" not in rows[4][1]  # the base model has no mutual information
+
+
+def test_the_sentence_of_a_reliability_diagram(whole: str) -> None:
+    assert "81.3% sure on average, 71.5% right: surer than right." in Page(whole).texts
+    bins = Reliability((0.25, 0.75), (0.5, 0.75), (0.0, 1.0))
+    model = replace(single().models[0], reliability=bins)
+    page = Page(render_report(replace(single(), models=(model,))))
+    assert "75.0% sure on average, 75.0% right: as it should be." in page.texts
+    model = replace(model, reliability=replace(bins, accuracy=(0.5, 1.0)))
+    page = Page(render_report(replace(single(), models=(model,))))
+    assert "75.0% sure on average, 100% right: less sure than right." in page.texts
 
 
 def test_sections_without_data_do_not_appear() -> None:
@@ -194,6 +218,13 @@ def test_votes_are_listed_or_counted() -> None:
     assert text(12).endswith("unsure probability 0.900 entropy 0.300 cat 8 dog 4")
 
 
+def test_votes_without_probabilities() -> None:
+    text = " ".join(Page(render(multilabel)).texts)
+    assert "entropy 0.300 1 sunny, beach 2 ≠ sunny 3 sunny, beach 4 ≠ none" in text
+    assert "Each bar holds the labels of a confidence" in text
+    assert "1 30 2 31 3 32 4 33" in " ".join(Page(render(regression)).texts)  # numbers always differ
+
+
 def test_a_single_point_and_an_empty_range_are_drawn() -> None:
     model = replace(
         classification().models[1],
@@ -202,6 +233,21 @@ def test_a_single_point_and_an_empty_range_are_drawn() -> None:
     )
     labels = Page(render_report(Evaluation("d", 1, "classification", (model,)))).labels()
     assert "Risk-coverage" in labels and "Histograms" in labels
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([(0.5, 1.0), (2.0,)], (0, 2.12)),
+        ([(-1.0, 1.0)], (-1.06, 1.06)),  # the NLL of a regression
+        ([(-2.0, -1.0)], (-2.12, 0)),
+        ([(0.0,)], (0, 1)),
+        ([(float("nan"), float("inf"))], (0, 1)),
+        ([], (0, 1)),
+    ],
+)
+def test_axes_hold_all_numbers(values: list[tuple[float, ...]], limits: tuple[float, float]) -> None:
+    assert plots.limits_of(values) == pytest.approx(limits)
 
 
 def test_the_same_evaluation_gives_the_same_page(whole: str) -> None:
