@@ -63,6 +63,14 @@ DETECTION: Mapping[str, Metric] = {
 """The figures of a score against out-of-distribution data."""
 
 
+SCORE_TITLES: Mapping[Score, str] = {
+    "max_probability": "max probability",
+    "entropy": "entropy",
+    "mutual_information": "mutual information",
+    "variance": "variance",
+}
+
+
 @dataclass(frozen=True)
 class Curve:
     """Points of a line."""

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from masksurgery.evaluation import DETECTION, METRICS, Evaluation, Metric, ModelEvaluation
-from masksurgery.scores import SCORES, Score, Threshold
+from masksurgery.evaluation import DETECTION, METRICS, SCORE_TITLES, Evaluation, Metric, ModelEvaluation
+from masksurgery.scores import SCORES, Threshold
 
 SIDE_BY_SIDE = 4
 """Models in one table; further ones get another one."""
-
-SCORE_TITLES: Mapping[Score, str] = {
-    "max_probability": "max probability",
-    "entropy": "entropy",
-    "mutual_information": "mutual information",
-    "variance": "variance",
-}
 
 
 def evaluation_tables(evaluation: Evaluation) -> RenderableType:

@@ -10,25 +10,19 @@ from masksurgery import plots
 from masksurgery.evaluation import (
     DETECTION,
     METRICS,
+    SCORE_TITLES,
     Curve,
     Evaluation,
     Metric,
     ModelEvaluation,
     Reliability,
 )
+from masksurgery.scores import Score
 
 MINUS = "\N{MINUS SIGN}"
 
-SCORES: Mapping[str, str] = {
-    "max_probability": "max probability",
-    "entropy": "entropy",
-    "mutual_information": "mutual information",
-    "variance": "variance",
-}
-"""The scores by their titles."""
-
-AXES = {
-    **SCORES,
+AXES: Mapping[Score, str] = {
+    **SCORE_TITLES,
     "max_probability": f"1 {MINUS} max probability",
     "entropy": "entropy (nats)",
     "mutual_information": "mutual information (nats)",
@@ -155,7 +149,7 @@ def detection_groups(evaluation: Evaluation, data: str) -> tuple[Group, ...]:
     """For each score what it tells of one set: its histograms in and out, model by model, and the ROC of all."""
     number = list(_sets(evaluation)).index(data)
     groups = []
-    for score, title in SCORES.items():
+    for score, title in SCORE_TITLES.items():
         panels = [*_histograms(evaluation, data, score, f"{number}-{score}")]
         panels += _roc(evaluation, data, score, f"{number}-{score}")
         if panels:
@@ -163,7 +157,7 @@ def detection_groups(evaluation: Evaluation, data: str) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[Panel]:
+def _histograms(evaluation: Evaluation, data: str, score: Score, name: str) -> Iterator[Panel]:
     legend = (Key("known", evaluation.data), Key("unknown", data))
     for k, model in enumerate(evaluation.models):
         sets = model.histograms.get(score, {})
@@ -179,7 +173,7 @@ def _histograms(evaluation: Evaluation, data: str, score: str, name: str) -> Ite
         yield Panel(model.name, svg, text, legend)
 
 
-def _roc(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[Panel]:
+def _roc(evaluation: Evaluation, data: str, score: Score, name: str) -> Iterator[Panel]:
     curves, keys = {}, []
     for k, model in enumerate(evaluation.models):
         curve = model.roc.get(data, {}).get(score)
@@ -188,7 +182,7 @@ def _roc(evaluation: Evaluation, data: str, score: str, name: str) -> Iterator[P
             auroc = model.detection.get(data, {}).get(score, {}).get("auroc")
             keys.append(Key(k, model.name, write_metric(DETECTION["auroc"], auroc)))
     if curves:
-        svg = plots.draw_roc(f"roc-{name}", f"ROC by {SCORES[score]}. AUROC: {_listed(keys)}", curves)
+        svg = plots.draw_roc(f"roc-{name}", f"ROC by {SCORE_TITLES[score]}. AUROC: {_listed(keys)}", curves)
         yield Panel("ROC", svg, "The figures beside the names are the AUROC.", tuple(keys))
 
 

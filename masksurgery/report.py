@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masksurgery import panels, plots
-from masksurgery.evaluation import DETECTION, GALLERIES, METRICS, Evaluation, Metric, ModelEvaluation, Vote
-from masksurgery.scores import Threshold
+from masksurgery.evaluation import (
+    DETECTION,
+    GALLERIES,
+    METRICS,
+    SCORE_TITLES,
+    Evaluation,
+    Metric,
+    ModelEvaluation,
+    Vote,
+)
+from masksurgery.scores import Score, Threshold
 from masksurgery.types import ConfigError, EvaluationError
 from masksurgery.weights import replace_file
 
@@ -88,7 +97,7 @@ def _environment() -> Environment:
         "DETECTION": DETECTION,
         "GALLERIES": GALLERIES,
         "METRICS": METRICS,
-        "SCORES": panels.SCORES,
+        "SCORES": SCORE_TITLES,
         "VOTES": VOTES,
         "series": plots.series,
     }
@@ -127,7 +136,7 @@ def _cards(evaluation: Evaluation) -> tuple[Card, ...]:
         for name in HEADLINES
         if name in after.figures and (before is None or name in before.figures)
     ]
-    score = "variance" if evaluation.task == "regression" else "entropy"
+    score: Score = "variance" if evaluation.task == "regression" else "entropy"
     auroc = DETECTION["auroc"]
     for data in panels.detection_sets(evaluation):
         found = [None if m is None else m.detection.get(data, {}).get(score, {}).get("auroc") for m in (before, after)]
@@ -179,7 +188,7 @@ def _rows(evaluation: Evaluation) -> Iterator[tuple[Metric, list[Cell]]]:
 def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[tuple[str, list[Cell]]]]]:
     """For each score the models that have it, each with a cell for each figure of `DETECTION`."""
     tables = []
-    for score, title in panels.SCORES.items():
+    for score, title in SCORE_TITLES.items():
         found = [(model.name, model.detection.get(data, {}).get(score)) for model in evaluation.models]
         names = [name for name, figures in found if figures]
         columns = [

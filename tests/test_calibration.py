@@ -15,7 +15,7 @@ from torch import Tensor
 from masksurgery.calibration import TemperatureFit, fit_threshold
 from masksurgery.metrics import RankedScores, Suite
 from masksurgery.prediction import Head, Prediction, RegressionPrediction, classification, regression
-from masksurgery.scores import Score, Threshold, image_scores
+from masksurgery.scores import Score, image_scores
 from masksurgery.types import ConfigError, EvaluationError
 from scoring import classes, draw, draw_classes, feed
 
@@ -254,7 +254,7 @@ def test_a_threshold_on_numbers() -> None:
     ranked = RankedScores("regression", n=2)
     ranked.update(p, torch.tensor([1.0, 3.0, 5.0, 100.0]))
     threshold = fit_threshold(ranked, "variance", risk=3)
-    assert threshold == Threshold("variance", pytest.approx(4, rel=1e-3))
+    assert threshold.score == "variance" and threshold.value == pytest.approx(4, rel=1e-3)
     assert threshold.unsure(p, "regression").tolist() == [False, False, False, True]
     # 2 opens its bin, and the one below it ends just before
     assert 1 <= fit_threshold(ranked, "variance", coverage=0.25).value < 1.001

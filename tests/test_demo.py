@@ -24,7 +24,7 @@ def test_the_images(tmp_path: Path) -> None:
     names = [file.name for files in parts.values() for file in files]
     assert len(set(names)) == len(names)  # none is in two parts
     assert {file.name[0] for file in demo.unseen.iterdir()} == {"8", "9"} and len(list(demo.unseen.iterdir())) == 354
-    with pytest.raises(ConfigError, match="demo is not empty. Pass another folder"):
+    with pytest.raises(ConfigError, match=r"demo is not empty\. Pass another folder"):
         demo.prepare()
 
 
@@ -35,7 +35,13 @@ def test_the_demo(tmp_path: Path) -> None:
     assert time.monotonic() - start < LIMIT
     assert max(map(len, out.splitlines())) <= 80, out
     assert "fine-tuning the ensemble" in err and "warning" not in err
-    for words in ("NLL", "Out of distribution", "entropy", "rotation", "The report is in masksurgery-demo/report.html."):
+    for words in (
+        "NLL",
+        "Out of distribution",
+        "entropy",
+        "rotation",
+        "The report is in masksurgery-demo/report.html.",
+    ):
         assert words in out
     folder = tmp_path / "masksurgery-demo"
     found = json.loads((folder / "evaluation.json").read_text())

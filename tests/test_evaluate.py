@@ -340,6 +340,7 @@ def test_two_processes_find_the_same(place: Path, tmp_path: Path) -> None:
         "--data", place / "images", "--ood", place / "unknown", "--corrupt", "noise", "--temperature",
         "--coverage", "0.8", "--batch-size", "8", "--workers", "0", "--gallery", "4",
     ]  # fmt: skip
+    shutil.copytree(place / "base", tmp_path / "base")
     found = {}
     for processes in (1, 2):
         folder = masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / str(processes) / "model")

@@ -28,7 +28,17 @@ ROWS = (
     ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator"),
     ("hub", "pack", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
     ("__init__",),
-    ("options", "settings_options", "tables", "evaluation_tables", "progress", "cli_finetune", "cli_evaluate", "cli", "__main__"),
+    (
+        "options",
+        "settings_options",
+        "tables",
+        "evaluation_tables",
+        "progress",
+        "cli_finetune",
+        "cli_evaluate",
+        "cli",
+        "__main__",
+    ),
 )
 RANKS = {module: rank for rank, row in enumerate(ROWS) for module in row}
 TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory", "adapt"}
