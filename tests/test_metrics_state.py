@@ -116,6 +116,7 @@ def evaluate_part(rank: int, folder: str) -> None:
         for begin, shares in zip(begins, SHARES, strict=True)
     ]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()  # torch 2.6 hangs in the next line while a thread of gloo still holds a tensor of Python's
     dist.destroy_process_group()
 
 
