@@ -52,8 +52,9 @@ def detection_table(evaluation: Evaluation, name: str) -> Table:
     """For each score, how well the models tell the unknown images from the others."""
     table = _table("score", "model", *(metric.title for metric in DETECTION.values()))
     for score in SCORES:
-        found = [(model, model.detection[name][score]) for model in evaluation.models if score in model.detection[name]]
-        columns = [_cells([figures[key] for _, figures in found], metric) for key, metric in DETECTION.items()]
+        scores = [(model, model.detection.get(name, {}).get(score)) for model in evaluation.models]
+        found = [(model, figures) for model, figures in scores if figures]
+        columns = [_cells([figures.get(key) for _, figures in found], metric) for key, metric in DETECTION.items()]
         for k, (model, _) in enumerate(found):
             table.add_row(SCORE_TITLES[score] if k == 0 else "", model.name, *(column[k] for column in columns))
     return table
@@ -64,9 +65,10 @@ def corruption_table(models: Sequence[ModelEvaluation], key: str) -> Table:
     severities = max(len(found) for model in models for found in model.corruption.values())
     table = _table("corruption", "model", "none", *(str(severity) for severity in range(1, severities + 1)))
     for kind in dict.fromkeys(kind for model in models for kind in model.corruption):
-        rows = [[m.figures[key], *(one[key] for one in m.corruption[kind])] for m in models if kind in m.corruption]
+        found = [model for model in models if kind in model.corruption]
+        rows = [[m.figures.get(key), *(one.get(key) for one in m.corruption[kind])] for m in found]
         columns = [_cells(list(values), METRICS[key]) for values in zip(*rows, strict=True)]
-        for k, model in enumerate(m for m in models if kind in m.corruption):
+        for k, model in enumerate(found):
             table.add_row(kind if k == 0 else "", model.name, *(column[k] for column in columns))
     return table
 
