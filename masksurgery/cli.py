@@ -49,8 +49,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
-app.command()(finetune)
-app.command()(evaluate)
 
 
 def main() -> None:
@@ -221,6 +219,10 @@ def _next_step(model: ConvertedModel, directory: Path, is_trained: bool) -> str:
     if masked or not is_trained:
         return f"{why if masked else ''}Next: masksurgery finetune {trust}{shlex.quote(name)} --data FOLDER -o tuned"
     return f"Next: masksurgery predict {trust}{shlex.quote(name)} photo.jpg"
+
+
+app.command()(finetune)  # here, so that help lists the commands in the order of their use
+app.command()(evaluate)
 
 
 @app.command()

@@ -26,7 +26,7 @@ def evaluate(
     directories: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR...",
+            metavar="DIR",
             show_default=False,
             help="Folders that convert, finetune or timm wrote, timm names, hf-hub:..., torchvision:...",
         ),
@@ -50,7 +50,7 @@ def evaluate(
     trust: Trust = False,
     **settings: Any,
 ) -> None:
-    """Evaluate models side by side: accuracy, calibration, uncertainty.
+    """Evaluate models side by side, and write a report.
 
     A fitted temperature and threshold are stored in the folders of converted models; predict then says "unsure" where
     it is. On several devices with `accelerate launch -m masksurgery evaluate ...`.
@@ -107,9 +107,10 @@ def demo(
     ] = Path("masksurgery-demo"),
     seed: Annotated[int, typer.Option("--seed", min=0, help="For everything that is drawn.")] = 0,
 ) -> None:
-    """Train a small model on the digits 0 to 7, make it an ensemble, and see what both say of 8 and 9.
+    """Do the whole job on handwritten digits.
 
-    Takes about two minutes on two cores, and no network. A base model with as many epochs stands beside the ensemble.
+    A small model is trained on the digits 0 to 7 and becomes an ensemble; what do both say of 8 and 9? Takes about two
+    minutes on two cores, and no network.
     """
     from masksurgery.demo import Demo
     from masksurgery.evaluation_tables import evaluation_tables
