@@ -99,9 +99,11 @@ class TemperatureFit(Sums):
         """Sums, number of items and of those without a variance, of all processes."""
         return self.sums.cpu(), int(self.items), int(self.blind)
 
-    def compute_temperature(self) -> float:
+    def compute_temperature(self, called: str = "the model") -> float:
         """The temperature, by the data of all processes: each of them has to call it.
 
+        Args:
+            called: The model's name, for a warning.
         Raises:
             EvaluationError: There are no items, the truth is impossible at every temperature, or a regression has no
                 variance somewhere or is exactly right everywhere.
@@ -110,7 +112,7 @@ class TemperatureFit(Sums):
         if not items:
             raise EvaluationError("There is nothing to fit a temperature to: no images were held out, or none counts.")
         if self.task != "regression":
-            return _lowest(sums.numpy() / items)
+            return _lowest(sums.numpy() / items, called)
         if blind:
             raise EvaluationError(
                 f"{blind} of {items} predictions have a variance of 0, which no temperature makes wider. Fit it to a "
@@ -127,7 +129,7 @@ def _thin_out(shape: torch.Size) -> tuple[slice | EllipsisType, ...]:
     return ..., *(slice(min(step // 2, (size - 1) // 2), None, step) for size in shape)
 
 
-def _lowest(nll: np.ndarray) -> float:
+def _lowest(nll: np.ndarray, called: str) -> float:
     """The temperature at the minimum of these, for those of `_GRID`."""
     if not np.isfinite(nll).all():
         raise EvaluationError(
@@ -140,7 +142,8 @@ def _lowest(nll: np.ndarray) -> float:
         return 1.0
     if lowest[0] or lowest[last]:
         logger.warning(
-            "The held-out images determine no temperature, and it stays 1: the predictions are %s. Hold out more.",
+            "%s: the held-out images determine no temperature, and it stays 1: predictions are %s. Hold out more.",
+            called,
             "all right, however confident" if lowest[0] else "no better than chance",
         )
         return 1.0

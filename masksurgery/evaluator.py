@@ -135,7 +135,7 @@ class Evaluator:
             )
             for x, y, _ in self._batches(self.sets.held, "fitting the temperature"):
                 fit.update(self._predict(x), y.to(self.device))
-            subject.temperature = fit.compute_temperature()
+            subject.temperature = fit.compute_temperature(subject.name)
             if threshold is not None and not config.fits_threshold:
                 logger.warning(
                     "%s: the threshold was fitted under another temperature, and is dropped. Fit it again with "
