@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.evaluation_data import open_sets
 from masksurgery.images import readable
 from masksurgery.processes import accelerated, require
+from masksurgery.rebuild import version_of
 from masksurgery.subjects import Subject, check_classes, converted_settings, open_subject
 from masksurgery.types import ConfigError, Task
 
@@ -88,7 +88,7 @@ def evaluate(
         segmentation=first.segmentation,
         ood=evaluator.ood_images,
         classes=sets.known.classes,
-        versions={name: version(name) for name in ("masksurgery", "torch", "timm", "torchmetrics")},
+        versions={name: version_of(name) for name in ("masksurgery", "torch", "timm", "torchmetrics")},
     )
 
 

@@ -42,7 +42,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     record = Record(
         format_version=FORMAT_VERSION,
-        versions={name: _version(name) for name in ("masksurgery", "torch", "timm")},
+        versions={name: version_of(name) for name in ("masksurgery", "torch", "timm")},
         id="",
         base=BaseRecipe(recipe.source, recipe.name, recipe.kwargs) if recipe else None,
         base_type=class_name(model._base_type),
@@ -80,7 +80,8 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
     return replace(record, id=identity).to_json(), identity
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # used from its source tree
