@@ -29,7 +29,7 @@ KNOWN = 8
 """The digits below it are the task; the others are unseen."""
 SIZE = 32
 RATE = 3e-3
-EPOCHS = 20, 40
+EPOCHS = 20, 80
 """Of the base model, and then of the ensemble and of the base model again."""
 TRAIN, VAL = 300, 200
 """Images of each part; about 940 are left for the test."""
