@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def evaluate_part(rank: int, folder: str) -> None:
         for begin, shares in zip(begins, SHARES, strict=True)
     ]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()  # torch 2.6 hangs in the next line while a thread of gloo still holds a tensor of Python's
+    time.sleep(0.5)  # torch 2.6 hangs in the next line if a thread of gloo has yet to let go of a tensor of Python's
     dist.destroy_process_group()
 
 
