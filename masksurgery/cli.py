@@ -245,7 +245,8 @@ def predict(
     answer would have been stands in brackets. Exit status 1 if an image could not be read.
     """
     from masksurgery.checkpoint import load
-    from masksurgery.images import Broken, find_images, predict_images, write_csv, write_json
+    from masksurgery.images import Broken, find_images
+    from masksurgery.predict import predict_images, write_csv, write_json
     from masksurgery.tables import out, prediction_table, print_line, step, track
 
     for file in (json_file, csv_file):

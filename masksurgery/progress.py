@@ -1,14 +1,17 @@
-"""What a training run prints: a bar while it runs, and a line for each epoch."""
+"""What long work prints: a bar while it runs, and for a training a line for each epoch."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from masksurgery.events import Begun, Measured
 from masksurgery.tables import err, out
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TITLES = {
     "epoch": 5,
@@ -23,7 +26,31 @@ TITLES = {
 """The columns of the table, with their widths."""
 
 
-class TrainingProgress(AbstractContextManager["TrainingProgress"]):
+class _Bar:
+    """A context with a bar on standard error, if that is a terminal; it leaves nothing behind.
+
+    Args:
+        text: What is done first.
+        columns: Of the bar.
+        shown: Whether this process prints; of several only the main one does.
+        fields: Of the columns.
+    """
+
+    def __init__(self, text: str, columns: Sequence[ProgressColumn], shown: bool, **fields: Any) -> None:
+        self.bar = Progress(*columns, console=err(), transient=True) if shown and err().is_terminal else None
+        self.task = TaskID(0) if self.bar is None else self.bar.add_task(text, total=None, **fields)
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class TrainingProgress(_Bar):
     """Shows a run: a bar on standard error where that is a terminal, the figures of each epoch on standard output.
 
     Args:
@@ -34,24 +61,11 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         self.shown = shown
         self.titles: list[str] = []
         self.steps_per_epoch = self.epochs = 1
-        self.task = TaskID(0)
         columns = (
             TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
         )  # fmt: skip
-        self.bar = Progress(*columns, console=err(), transient=True) if shown and err().is_terminal else None
-
-    def __enter__(self) -> TrainingProgress:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("reading model and data", total=None, figures="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        super().__init__("reading model and data", columns, shown, figures="")
 
     def __call__(self, event: Begun | Measured) -> None:
         if not self.shown:
@@ -87,7 +101,7 @@ class TrainingProgress(AbstractContextManager["TrainingProgress"]):
         out().print(line + ("  best" if event.best else ""))
 
 
-class Steps(AbstractContextManager["Steps"]):
+class Steps(_Bar):
     """Shows what is being done: a bar on standard error, if that is a terminal; it leaves nothing behind.
 
     Args:
@@ -96,20 +110,7 @@ class Steps(AbstractContextManager["Steps"]):
 
     def __init__(self, shown: bool = True) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(compact=True))
-        self.bar = Progress(*columns, console=err(), transient=True) if shown and err().is_terminal else None
-        self.task = TaskID(0)
-
-    def __enter__(self) -> Steps:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("reading models and data", total=None)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        super().__init__("reading models and data", columns, shown)
 
     def __call__(self, text: str, done: int, total: int | None) -> None:
         """So many of so many are done (None where that is not known)."""

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from masksurgery.images import Entry, Row
 from masksurgery.macs import Macs
+from masksurgery.predict import Entry, Row
 from masksurgery.types import Site, Skipped, Surgery
 
 T = TypeVar("T")

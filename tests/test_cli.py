@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 import masksurgery
 from masksurgery.checkpoint import save_calibration
 from masksurgery.cli import app
-from masksurgery.images import Entry, Row
+from masksurgery.predict import Entry, Row
 from masksurgery.scores import Threshold
 from masksurgery.tables import by_reason, prediction_table, short
 from masksurgery.types import Skipped

@@ -11,20 +11,8 @@ from torch import Tensor, nn
 
 import masksurgery
 from masksurgery import ConfigError
-from masksurgery.images import (
-    Broken,
-    Entry,
-    ImageError,
-    Reader,
-    Row,
-    find_images,
-    label_names,
-    open_image,
-    predict_images,
-    readable,
-    write_csv,
-    write_json,
-)
+from masksurgery.images import Broken, ImageError, find_images, label_names, open_image, readable
+from masksurgery.predict import Entry, Reader, Row, predict_images, write_csv, write_json
 from masksurgery.scores import Threshold
 
 GREEN = (0, 255, 0)

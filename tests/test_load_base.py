@@ -20,7 +20,8 @@ import masksurgery
 from masksurgery import CheckpointError, ConfigError
 from masksurgery.checkpoint import CONFIG, WEIGHTS, load_base, save_base
 from masksurgery.factory import create_base
-from masksurgery.images import label_names, predict_images
+from masksurgery.images import label_names
+from masksurgery.predict import predict_images
 from nets import randomise
 from test_checkpoint import FACTORY, Small, Tied, small
 

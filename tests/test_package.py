@@ -26,7 +26,7 @@ ROWS = (
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation", "evaluation_config", "thumbnails"),
     ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator"),
-    ("hub", "pack", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
+    ("hub", "pack", "predict", "finetune", "evaluate", "plots", "panels", "report", "demo", "export", "keras"),
     ("__init__",),
     (
         "options",
