@@ -13,11 +13,12 @@ from torch import Tensor
 
 from masksurgery.calibration import TemperatureFit, fit_threshold
 from masksurgery.corruptions import SEVERITIES, corrupt
-from masksurgery.data import EvaluationData, Source, eval_batches, name_of
+from masksurgery.data import EvaluationData, Source, Stream, eval_batches, name_of
 from masksurgery.evaluation import ModelEvaluation, Sample
 from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.evaluation_data import Sets
 from masksurgery.galleries import Galleries
+from masksurgery.images import readable
 from masksurgery.metrics import Found, RankedScores, Suite, detect, histograms, roc
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import Score, Threshold
@@ -212,7 +213,7 @@ class Evaluator:
         return Galleries(
             self.subject,
             size=self.config.gallery,
-            called=partial(name_of, data.source),
+            called=partial(_short_name, data.source),
             labels=self.sets.known.classes or self.subject.display_names,
             known=known,
             threshold=threshold,
@@ -224,6 +225,15 @@ class Evaluator:
         from accelerate.utils import gather_object
 
         return gather_object(parts)
+
+
+def _short_name(source: Source | Stream, position: int) -> str:
+    """What an image is called: of a file the path inside of the folder of the set, with the name of that."""
+    name = name_of(source, position)
+    place = source.items.place if isinstance(source, Source) else None
+    if place is None or not place.is_dir():
+        return name
+    return name.removeprefix(readable(place.parent)).lstrip("/\\")
 
 
 def _by_kind(found: Mapping[tuple[str, int], Found]) -> dict[str, tuple[Mapping[str, float], ...]]:

@@ -102,7 +102,8 @@ def test_out_of_distribution(place: Path, data: DataConfig) -> None:
     assert set(found.models[0].detection[unknown]) == {"max_probability", "entropy", "mutual_information", "variance"}
     galleries = found.models[0].galleries
     assert len(galleries["unknown"]) == len(galleries["surest"]) == 3
-    assert all("unknown" in sample.name for sample in galleries["unknown"])
+    assert all(sample.name.startswith("unknown/") for sample in galleries["unknown"])
+    assert all(sample.name.startswith("images/val/") for sample in galleries["surest"])
     assert len(galleries["surest"][0].votes) == 4
 
 
