@@ -103,7 +103,7 @@ def test_out_of_distribution(place: Path, data: DataConfig) -> None:
     galleries = found.models[0].galleries
     assert len(galleries["unknown"]) == len(galleries["surest"]) == 3
     assert all(sample.name.startswith("unknown/") for sample in galleries["unknown"])
-    assert all(sample.name.startswith("images/val/") for sample in galleries["surest"])
+    assert all(sample.name.startswith("val/") for sample in galleries["surest"])
     assert len(galleries["surest"][0].votes) == 4
 
 
