@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from masksurgery.images import readable
 from masksurgery.processes import accelerated, require
 from masksurgery.rebuild import version_of
 from masksurgery.subjects import Subject, check_classes, converted_settings, open_subject
-from masksurgery.types import ConfigError, Task
+from masksurgery.types import CheckpointError, ConfigError, Task
 
 if TYPE_CHECKING:
     from masksurgery.evaluator import Observer
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -67,6 +70,8 @@ def evaluate(
     given = [models] if isinstance(models, (str, Path, nn.Module)) else list(models)
     subjects = _open_subjects(given, task=task, class_dim=class_dim, heteroscedastic=heteroscedastic, trust=trust)
     _check_together(subjects)
+    if config.fits:
+        _check_stores(subjects)
     with accelerated() as accelerator, explained_death():
         sets = open_sets(subjects[0], data, config, everything, accelerator)
         for subject in subjects:
@@ -111,6 +116,18 @@ def _short_names(places: Sequence[Any]) -> list[str | None]:
     shared = Path(os.path.commonpath(folders))
     shared = shared.parent if shared in folders else shared
     return [readable(folder.relative_to(shared)) for folder in folders]
+
+
+def _check_stores(subjects: Sequence[Subject]) -> None:
+    """What is fitted can be stored; that of a model without a folder, such as one of the hub, is only used."""
+    for subject in subjects:
+        if subject.folder is not None and not os.access(subject.folder, os.W_OK):
+            raise CheckpointError(
+                f"{subject.folder}: cannot be written to, so that what is fitted could not be stored. Copy the folder, "
+                f"or evaluate without fitting."
+            )
+        if subject.folder is None and subject.kind == "converted":
+            logger.warning("%s: what is fitted is not stored, for the model has no folder here.", subject.name)
 
 
 def _check_together(subjects: Sequence[Subject]) -> None:

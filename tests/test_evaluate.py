@@ -154,7 +154,7 @@ def test_a_threshold_of_another_temperature_is_dropped(
     assert found.models[0].threshold is None and masksurgery.load(folder).threshold is None
 
 
-def test_a_model_in_memory_is_left_alone(place: Path, data: DataConfig) -> None:
+def test_a_model_in_memory_is_left_alone(place: Path, data: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
     model = masksurgery.load(place / "ensemble").train()
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(5)
@@ -164,6 +164,7 @@ def test_a_model_in_memory_is_left_alone(place: Path, data: DataConfig) -> None:
     assert model.training and model.temperature == 1 and model.threshold is None
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.items())
     assert found.models[0].temperature is not None
+    assert "what is fitted is not stored, for the model has no folder here" in caplog.text
 
 
 def test_json_and_csv(place: Path, data: DataConfig, tmp_path: Path) -> None:
@@ -316,6 +317,15 @@ def test_refusals(place: Path, data: DataConfig, tmp_path: Path) -> None:
 def test_settings(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         EvaluateConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    place: Path, data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("masksurgery.evaluate.os.access", lambda folder, mode: folder != place / "ensemble")
+    monkeypatch.setattr("masksurgery.evaluate.open_sets", None)  # is not reached
+    with pytest.raises(masksurgery.CheckpointError, match="ensemble: cannot be written to"):
+        evaluate(place / "ensemble", data, config=EvaluateConfig(temperature=True, workers=0))
 
 
 def test_nan_is_refused(place: Path, data: DataConfig) -> None:
