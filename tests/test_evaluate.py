@@ -4,7 +4,9 @@ import copy
 import csv
 import json
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,8 +324,9 @@ def test_settings(settings: dict[str, object], match: str) -> None:
 def test_a_folder_that_cannot_be_written_is_found_first(
     place: Path, data: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("masksurgery.evaluate.os.access", lambda folder, mode: folder != place / "ensemble")
-    monkeypatch.setattr("masksurgery.evaluate.open_sets", None)  # is not reached
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != place / "ensemble")
+    module = sys.modules["masksurgery.evaluate"]  # of the function of that name
+    monkeypatch.setattr(module, "open_sets", None)  # is not reached
     with pytest.raises(masksurgery.CheckpointError, match="ensemble: cannot be written to"):
         evaluate(place / "ensemble", data, config=EvaluateConfig(temperature=True, workers=0))
 
