@@ -89,10 +89,16 @@ def evaluate(
 
 
 def check_files(*files: Path | None) -> None:
-    """Raise a ConfigError for a file whose folder does not exist."""
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
+    """Raise a ConfigError for a file that could not be written at the end, or that two outputs share."""
+    seen: list[Path] = []
+    for file in (file.absolute() for file in files if file is not None):
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
+        if not os.access(file.parent, os.W_OK):
+            raise ConfigError(f"{file} cannot be written: you may not write to {file.parent}.")
+        if file in seen:
+            raise ConfigError(f"{file} is named twice. Pass another name for each of --report, --json and --csv.")
+        seen.append(file)
 
 
 def _check_report() -> None:

@@ -50,7 +50,7 @@ def corrupt(
         severity: 1 to 5.
         mean: What was subtracted from the pixels in [0, 1], by channel.
         std: What they were divided by.
-        positions: Of the images in the data set.
+        positions: Of the images in the data set; of a stream the order in which they come.
         seed: For noise, and the side of a rotation.
     Shape:
         x (b, c, h, w), c being 1 or 3; positions (b,); results like x and y.

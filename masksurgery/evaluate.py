@@ -12,13 +12,13 @@ from torch import nn
 
 from masksurgery.checkpoint import save_calibration
 from masksurgery.data import DataConfig, explained_death
-from masksurgery.evaluation import Evaluation, ModelEvaluation
+from masksurgery.evaluation import Evaluation
 from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.evaluation_data import open_sets
 from masksurgery.images import readable
 from masksurgery.processes import accelerated, require
 from masksurgery.rebuild import version_of
-from masksurgery.subjects import Subject, check_classes, converted_settings, open_subject
+from masksurgery.subjects import Subject, converted_settings, open_subject
 from masksurgery.types import CheckpointError, ConfigError, Task
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evaluate(
     trust: bool = False,
     observer: Observer | None = None,
 ) -> Evaluation:
-    """Evaluate models on the same images. Memory does not grow with their number, nor with that of the data sets.
+    """Evaluate models on the same images. Memory does not grow with the number of images.
 
     Every process of `accelerate launch` calls this, and gets the same figures.
 
@@ -70,28 +70,31 @@ def evaluate(
     given = [models] if isinstance(models, (str, Path, nn.Module)) else list(models)
     subjects = _open_subjects(given, task=task, class_dim=class_dim, heteroscedastic=heteroscedastic, trust=trust)
     _check_together(subjects)
+    if config.score is not None and subjects[0].task == "regression" and config.score != "variance":
+        raise ConfigError(f"score={config.score!r} is none of a regression, which has 'variance' alone.")
     if config.fits:
         _check_stores(subjects)
     with accelerated() as accelerator, explained_death():
         sets = open_sets(subjects[0], data, config, everything, accelerator)
-        for subject in subjects:
-            check_classes(subject, sets.known.classes)
-        found: list[ModelEvaluation] = []
-        for subject in subjects:
-            evaluator = Evaluator(subject, sets, config, accelerator, data.seed, observer)
-            found.append(evaluator.run())
-            if config.fits and subject.folder is not None and accelerator.is_main_process:
-                save_calibration(subject.folder, temperature=subject.temperature, threshold=found[-1].threshold)
-            accelerator.wait_for_everyone()
+        evaluators = [
+            Evaluator(subject, sets, config, accelerator, data.seed, observer, tell=subject is subjects[0])
+            for subject in subjects
+        ]
+        found = [evaluator.run() for evaluator in evaluators]
+        if config.fits and accelerator.is_main_process:
+            for subject, one in zip(subjects, found, strict=True):
+                if subject.folder is not None:
+                    save_calibration(subject.folder, temperature=subject.temperature, threshold=one.threshold)
+        accelerator.wait_for_everyone()
     first = subjects[0]
     return Evaluation(
         data=data.data,
-        images=evaluator.images,
+        images=evaluators[0].images,
         task=first.task,
         models=tuple(found),
         fitted_on=len(sets.held) if sets.held is not None else 0,
         segmentation=first.segmentation,
-        ood=evaluator.ood_images,
+        ood=evaluators[0].ood_images,
         classes=sets.known.classes,
         versions={name: version_of(name) for name in ("masksurgery", "torch", "timm", "torchmetrics")},
     )
@@ -102,10 +105,15 @@ def _open_subjects(places: Sequence[Any], trust: bool, **settings: Any) -> list[
     if not places:
         raise ConfigError("There is no model to evaluate. Pass a folder.")
     own = next(filter(None, map(converted_settings, places)), settings)
-    return [
-        open_subject(place, trust=trust, name=name, **own)
-        for place, name in zip(places, _short_names(places), strict=True)
-    ]
+    names = _short_names(places)
+    found: list[Subject] = []
+    for place, name in zip(places, names, strict=True):
+        subject = open_subject(place, trust=trust, name=name, **own)
+        alike = [other for other in found if other.name.partition(" (")[0] == subject.name]
+        if alike:  # such as a base model and an ensemble that are both in memory
+            subject.name = f"{subject.name} ({len(alike) + 1})"
+        found.append(subject)
+    return found
 
 
 def _short_names(places: Sequence[Any]) -> list[str | None]:
@@ -113,6 +121,9 @@ def _short_names(places: Sequence[Any]) -> list[str | None]:
     if len(places) < 2 or any(isinstance(place, nn.Module) or not Path(place).is_dir() for place in places):
         return [None] * len(places)
     folders = [Path(place).resolve() for place in places]
+    for place, folder in zip(places, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ConfigError(f"'{readable(Path(place))}' stands there twice. Pass each model once.")
     shared = Path(os.path.commonpath(folders))
     shared = shared.parent if shared in folders else shared
     return [readable(folder.relative_to(shared)) for folder in folders]
@@ -141,7 +152,3 @@ def _check_together(subjects: Sequence[Subject]) -> None:
                     f"'{first.name}' has {name}={ours!r}, '{other.name}' {name}={theirs!r}: they cannot be evaluated "
                     f"side by side. Evaluate them one by one."
                 )
-    names = [subject.name for subject in subjects]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"'{name}' stands there twice. Pass each model once.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ METRICS: Mapping[str, Metric] = {
     "spread": Metric("spread", None, "Root of the mean variance of the predictions."),
     "answered": Metric("answered", None, "Share of images that the threshold lets answer.", True),
     "answered_risk": Metric("their error", "lower", "Error among the answered ones.", True),
+    "answered_mse": Metric("their squared error", "lower", "Mean squared error among the answered ones."),
 }
 """All figures of a model, in the order of tables. Which a model has depends on its task and its number of members."""
 
@@ -69,6 +70,25 @@ SCORE_TITLES: Mapping[Score, str] = {
     "mutual_information": "mutual information",
     "variance": "variance",
 }
+
+
+def find_best(metric: Metric, values: Sequence[float | None], texts: Sequence[str]) -> list[bool]:
+    """Which figures are the best, unless all are equal. What cannot be told apart in the text is equal."""
+    ranked = sorted(
+        (value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value)
+    )
+    if metric.better is None or len({text for _, text in ranked}) < 2:
+        return [False] * len(texts)
+    best = ranked[-1 if metric.better == "higher" else 0][1]
+    return [text == best for text in texts]
+
+
+def write_limit(threshold: Threshold) -> str:
+    """The value of a threshold; of a probability near 1 the digits that tell it from 1."""
+    value = threshold.value
+    if threshold.score != "max_probability" or not 0.99 < value < 1:
+        return f"{value:.3g}"
+    return f"{value:.{min(math.ceil(-math.log10(1 - value)) + 1, 16)}f}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from masksurgery.evaluation import DETECTION, METRICS, SCORE_TITLES, Evaluation, Metric, ModelEvaluation
+from masksurgery.evaluation import (
+    DETECTION,
+    METRICS,
+    SCORE_TITLES,
+    Evaluation,
+    Metric,
+    ModelEvaluation,
+    find_best,
+    write_limit,
+)
 from masksurgery.scores import SCORES, Threshold
 
 SIDE_BY_SIDE = 4
@@ -83,24 +92,23 @@ def number(value: float | None, metric: Metric) -> str:
 def rule(threshold: Threshold) -> str:
     """When an image gets an answer, in words."""
     where = "at least" if threshold.score == "max_probability" else "at most"
-    return f"{SCORE_TITLES[threshold.score]} is {where} {threshold.value:.3g}"
+    return f"{SCORE_TITLES[threshold.score]} is {where} {write_limit(threshold)}"
 
 
 def _thresholds(models: Sequence[ModelEvaluation]) -> Iterator[str]:
     for model in models:
         if model.threshold is not None:
-            share, risk = model.figures.get("answered"), model.figures.get("answered_risk")
-            error = "" if risk is None else f", with an error of {number(risk, METRICS['answered_risk'])}"
-            yield f"{model.name} answers where its {rule(model.threshold)}: {share:.1%} of the images{error}."
+            keys = [key for key in ("answered_risk", "answered_mse") if key in model.figures]
+            error = "".join(f", {METRICS[key].title} {number(model.figures[key], METRICS[key])}" for key in keys)
+            stored = "" if model.kind == "converted" else " (A base model's folder has no place to store that.)"
+            share = model.figures["answered"]
+            yield f"{model.name} answers where its {rule(model.threshold)}: {share:.1%} of the images{error}.{stored}"
 
 
 def _cells(values: Sequence[float | None], metric: Metric) -> list[Text]:
-    shown = [number(value, metric) for value in values]
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    best = None
-    if metric.better and len(finite) > 1:
-        best = number(max(finite) if metric.better == "higher" else min(finite), metric)
-    return [Text(text, style="bold" if text == best else "") for text in shown]
+    texts = [number(value, metric) for value in values]
+    best = find_best(metric, values, texts)
+    return [Text(text, style="bold" if marked else "") for text, marked in zip(texts, best, strict=True)]
 
 
 def _table(*titles: str) -> Table:

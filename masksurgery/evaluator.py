@@ -16,13 +16,14 @@ from masksurgery.corruptions import SEVERITIES, corrupt
 from masksurgery.data import EvaluationData, Source, Stream, eval_batches, name_of
 from masksurgery.evaluation import ModelEvaluation, Sample
 from masksurgery.evaluation_config import EvaluateConfig
-from masksurgery.evaluation_data import Sets
+from masksurgery.evaluation_data import Sets, match_classes
 from masksurgery.galleries import Galleries
 from masksurgery.images import readable
 from masksurgery.metrics import Found, RankedScores, Suite, detect, histograms, roc
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import Score, Threshold
 from masksurgery.subjects import Subject
+from masksurgery.training_data import tell_broken
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +46,9 @@ class Evaluator:
         accelerator: Accelerate's.
         seed: Of what corruption draws.
         observer: Is told what is going on, on the main process.
+        tell: Name the broken images of streams; once is enough for all models.
+    Raises:
+        ConfigError, DataError: The classes of the data are not the model's, see `match_classes`.
     Attributes:
         images: How many were evaluated.
         ood_images: How many of each set.
@@ -58,11 +62,14 @@ class Evaluator:
         accelerator: Accelerator,
         seed: int = 0,
         observer: Observer | None = None,
+        tell: bool = True,
     ) -> None:
+        self.tell = tell and accelerator.is_main_process
         self.subject, self.sets, self.config, self.seed = subject, sets, config, seed
         self.accelerator, self.observer = accelerator, observer if accelerator.is_main_process else None
         # Sums in float64, which not every device has: on the CPU, unless several devices have to add theirs up.
         self.device = accelerator.device if accelerator.num_processes > 1 else torch.device("cpu")
+        self.classes = match_classes(subject, sets.known.classes)
         self.images, self.ood_images = 0, dict.fromkeys(sets.ood, 0)
         self.suite = partial(
             Suite,
@@ -101,6 +108,7 @@ class Evaluator:
         found = suite.compute()
         self.images = found.images
         unknown, shown = self._detect(threshold)
+        subject.model.cpu()  # the next one needs the room
         return ModelEvaluation(
             name=subject.name,
             kind=subject.kind,
@@ -149,7 +157,10 @@ class Evaluator:
             suite = self.suite()
             for x, y, _ in self._batches(self.sets.held, "fitting the threshold"):
                 suite.update(self._predict(x), y)
-            score: Score = config.score or ("variance" if subject.task == "regression" else "max_probability")
+            score: Score = config.score or suite.ranked.scores[0]
+            if score not in suite.ranked.scores:
+                logger.warning("%s: one member has no %s, so that no threshold is fitted to it.", subject.name, score)
+                return None
             threshold = fit_threshold(suite.ranked, score, coverage=config.coverage, risk=config.risk)
         return threshold
 
@@ -162,7 +173,7 @@ class Evaluator:
         for name, data in self.sets.ood.items():
             ranked = RankedScores(subject.task, n=subject.n, class_dim=subject.class_dim, device=self.device)
             galleries = self._galleries(data, threshold, known=False)
-            for x, y, positions in self._batches(data.source, f"out of distribution: {name}"):
+            for x, y, positions in self._batches(data.source, f"out of distribution: {name}", known=False):
                 p = self._predict(x)
                 ranked.update(p)
                 galleries.update(x, p, y, positions)
@@ -175,12 +186,11 @@ class Evaluator:
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
-    def _batches(self, source: Any, text: str) -> Iterator[Batch]:
+    def _batches(self, source: Source | Stream, text: str, known: bool = True) -> Iterator[Batch]:
         """Images on the device with their targets, and the position of each in the set."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         transform = self.subject.preprocessing.evaluation(masks=self.sets.known.masks)
-        if isinstance(source, Source):
-            source = replace(source, channels=self.subject.preprocessing.channels)
+        source = replace(source, channels=self.subject.preprocessing.channels)  # type: ignore[type-var]
         size, workers = self.config.batch_size, self.config.workers
         pinned = torch.cuda.is_available()
         batches = eval_batches(
@@ -192,8 +202,12 @@ class Evaluator:
             if self.observer is not None:
                 self.observer(f"{self.subject.name}: {text}", min(done * world, total or done * world), total)
             positions = rank + world * torch.arange(done, done + len(x))
+            if self.classes is not None and known:
+                y = self.classes[y]
             yield x.to(self.accelerator.device, non_blocking=True), y.to(self.device), positions
             done += len(x)
+        if self.tell:
+            tell_broken(batches.bad)
 
     def _predict(self, x: Tensor) -> Prediction | RegressionPrediction:
         with torch.inference_mode(), self.accelerator.autocast():
@@ -214,7 +228,7 @@ class Evaluator:
             self.subject,
             size=self.config.gallery,
             called=partial(_short_name, data.source),
-            labels=self.sets.known.classes or self.subject.display_names,
+            labels=self.subject.display_names or self.sets.known.classes,
             known=known,
             threshold=threshold,
         )

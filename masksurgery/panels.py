@@ -128,7 +128,10 @@ def risk_panels(evaluation: Evaluation) -> tuple[Panel, ...]:
             continue
         curves[k] = curve
         keys.append(Key(k, model.name, write_number(_value_at(curve, 0.8), percent)))
-        point = (model.figures.get("answered", math.nan), model.figures.get("answered_risk", math.nan))
+        point = (
+            model.figures.get("answered", math.nan),
+            model.figures.get("answered_risk", model.figures.get("answered_mse", math.nan)),
+        )
         if all(map(_is_number, point)):
             points[k] = point
     if not curves:

@@ -20,6 +20,8 @@ from masksurgery.evaluation import (
     Metric,
     ModelEvaluation,
     Vote,
+    find_best,
+    write_limit,
 )
 from masksurgery.scores import Score, Threshold
 from masksurgery.types import ConfigError, EvaluationError
@@ -200,15 +202,9 @@ def _detection_rows(evaluation: Evaluation, data: str) -> list[tuple[str, list[t
 
 
 def _cells(metric: Metric, values: Sequence[float | None]) -> list[Cell]:
-    """The best are marked, unless all are equal. What cannot be told apart in the text is equal."""
+    """The best are marked."""
     texts = ["" if value is None else panels.write_metric(metric, value) for value in values]
-    ranked = sorted(
-        (value, text) for value, text in zip(values, texts, strict=True) if value is not None and math.isfinite(value)
-    )
-    if metric.better is None or len({text for _, text in ranked}) < 2:
-        return [Cell(text) for text in texts]
-    best = ranked[-1 if metric.better == "higher" else 0][1]
-    return [Cell(text, text == best) for text in texts]
+    return [Cell(text, best) for text, best in zip(texts, find_best(metric, values, texts), strict=True)]
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -233,7 +229,7 @@ def write_threshold(threshold: Threshold | None) -> str:
     if threshold is None:
         return ""
     sign = "≥" if threshold.score == "max_probability" else "≤"
-    return f"{threshold.score.replace('_', ' ')} {sign} {panels.write_number(threshold.value)}"
+    return f"{threshold.score.replace('_', ' ')} {sign} {write_limit(threshold)}"
 
 
 def find_largest(rows: Sequence[Sequence[float]]) -> float:

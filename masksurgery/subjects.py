@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +31,10 @@ from masksurgery.record import read_object, read_record
 from masksurgery.scores import Threshold
 from masksurgery.sources import NO_WEIGHTS, one_line
 from masksurgery.transforms import Preprocessing
-from masksurgery.types import ConfigError, ConvertConfig, DataError, MasksurgeryError, Task
+from masksurgery.types import ConfigError, ConvertConfig, MasksurgeryError, Task
 from masksurgery.weights import CONFIG
 
 PLACES = "A folder of masksurgery or timm, hf-hub:user/repo, torchvision:NAME or a timm name is needed"
-IMAGENET = 1000
-"""Classes that folders name by WordNet, weights by words, and data sets by others of the same words."""
 
 
 class Predictor(nn.Module):
@@ -170,43 +167,6 @@ def open_subject(
         shown if shown and len(shown) == outputs else None,
         folder if converted else None,
     )
-
-
-def check_classes(subject: Subject, classes: Sequence[str] | None) -> None:
-    """Check that the classes of the data are those of the model, in the same order.
-
-    Names that are indices ("0", "1", ...) say nothing, and of ImageNet's classes only the order of the same names is
-    checked, because everybody names them differently.
-
-    Args:
-        subject: The model.
-        classes: Of the data, in the order of their indices; None where they are not known.
-    Raises:
-        ConfigError: There is another number of them.
-        DataError: They are others, or in another order; says where the first difference is.
-    """
-    if classes is None or subject.task == "regression":
-        return
-    classes, own = tuple(classes), subject.label_names
-    if len(classes) > subject.outputs or (len(classes) < subject.outputs and not _are_indices(classes)):
-        raise ConfigError(
-            f"{subject.name} has {subject.outputs} outputs, the data {len(classes)} classes. Evaluate it on data with "
-            f"the classes that it was trained on."
-        )
-    if own is None or own == classes or _are_indices(classes) or _are_indices(own):
-        return
-    if subject.outputs == IMAGENET and set(own) != set(classes):
-        return
-    k = next(k for k, pair in enumerate(zip(own, classes, strict=True)) if pair[0] != pair[1])
-    what = "the same classes in another order" if set(own) == set(classes) else "other classes"
-    raise DataError(
-        f"The data has {what} than {subject.name}: class {k} is '{classes[k]}' in the data and '{own[k]}' in the "
-        f"model. Name the classes of the data as the model does."
-    )
-
-
-def _are_indices(names: Sequence[str]) -> bool:
-    return tuple(names) == tuple(map(str, range(len(names))))
 
 
 # --- where a model comes from ----------------------------------------------------------------------------------------

@@ -271,8 +271,8 @@ def test_places_where_nothing_is(tmp_path: Path) -> None:
         unlabelled(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="torch/nothing is not known"):
         unlabelled("torch/nothing", data_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match="max_val does not go with a stream"):
-        unlabelled(f"wds/{tmp_path}", max_val=1)
+    with pytest.raises(DataError, match="has none of the parts validation, val"):
+        unlabelled(f"wds/{tmp_path}", max_val=1)  # which is for the data beside it
 
 
 # --- what is made of them --------------------------------------------------------------------------------------------

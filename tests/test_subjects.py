@@ -20,8 +20,9 @@ from finetuning import NAMES, make_converted, make_images, metrics_of
 from masksurgery import CheckpointError, ConfigError, DataConfig, DataError, FinetuneConfig
 from masksurgery.checkpoint import CONFIG, WEIGHTS, load_base, read_base, save_base
 from masksurgery.data import eval_batches, open_evaluation
+from masksurgery.evaluation_data import match_classes
 from masksurgery.factory import create_base
-from masksurgery.subjects import Subject, check_classes, open_subject
+from masksurgery.subjects import Subject, open_subject
 from nets import randomise
 from test_checkpoint import FACTORY
 
@@ -199,7 +200,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, base_only: bool) -> No
     folder = masksurgery.finetune(converted, data, tmp_path / "run", config=config, base_only=base_only)
     subject = open_subject(folder)
     found = open_evaluation(data, task=subject.task, num_classes=subject.outputs)
-    check_classes(subject, found.classes)
+    assert match_classes(subject, found.classes) is None
     with torch.inference_mode():
         batches = eval_batches(found.source, subject.preprocessing.evaluation(), batch_size=3, workers=0)
         nll = sum(nn.functional.cross_entropy(subject.model(x).logits, y, reduction="sum") for x, y in batches)
@@ -349,31 +350,38 @@ def named(*names: str, outputs: int | None = None) -> Subject:
     return replace(open_subject(net, name="mine"), label_names=names or None, outputs=outputs or len(names))
 
 
-def test_classes_are_compared() -> None:
+def matched(subject: Subject, *classes: str) -> list[int] | None:
+    found = match_classes(subject, classes)
+    return None if found is None else found.tolist()
+
+
+def test_classes_are_matched_by_name() -> None:
     subject = named("ant", "bee", "cat")
-    assert check_classes(subject, None) is None
-    check_classes(subject, ("ant", "bee", "cat"))
-    check_classes(named(outputs=3), ("ant", "bee", "cat"))
-    with pytest.raises(
-        DataError, match=r"another order than mine: class 1 is 'cat' in the data and 'bee' in the model"
-    ):
-        check_classes(subject, ("ant", "cat", "bee"))
+    assert match_classes(subject, None) is None
+    assert matched(subject, "ant", "bee", "cat") is None
+    assert matched(subject, "ant", "cat", "bee") == [0, 2, 1]
+    assert matched(subject, "cat") == [2]
+    assert matched(named(outputs=3), "ant", "bee", "cat") is None
     with pytest.raises(DataError, match=r"other classes than mine: class 2 is 'cow' in the data and 'cat' in the mod"):
-        check_classes(subject, ("ant", "bee", "cow"))
+        match_classes(subject, ("ant", "bee", "cow"))
     with pytest.raises(ConfigError, match="mine has 3 outputs, the data 2 classes"):
-        check_classes(subject, ("ant", "bee"))
+        match_classes(subject, ("ant", "cow"))
+    with pytest.raises(ConfigError, match="mine has 3 outputs, the data 1 class"):
+        match_classes(named(outputs=3), ("ant",))
     with pytest.raises(ConfigError, match="mine has 3 outputs, the data 4 classes"):
-        check_classes(subject, ("0", "1", "2", "3"))
+        match_classes(subject, ("0", "1", "2", "3"))
+    with pytest.raises(DataError, match="other classes than mine"):  # columns are not put in another order
+        match_classes(replace(subject, task="multilabel"), ("ant", "cat", "bee"))
 
 
 def test_indices_and_the_many_names_of_imagenet() -> None:
-    check_classes(named("ant", "bee", "cat"), ("0", "1"))  # of a CSV file, whose largest index is 1
-    check_classes(named("0", "1", "2"), ("ant", "bee", "cat"))
+    assert matched(named("ant", "bee", "cat"), "0", "1") is None  # of a CSV file, whose largest index is 1
+    assert matched(named("0", "1", "2"), "ant", "bee", "cat") is None
+    assert matched(named("0", "1", "2"), "2") == [2]
     words = tuple(f"word {k}" for k in range(1000))
-    check_classes(named(*words), tuple(f"n{k:08}" for k in range(1000)))
-    with pytest.raises(DataError, match=r"another order than mine: class 0 is 'word 1' in the data"):
-        check_classes(named(*words), (words[1], words[0], *words[2:]))
-    check_classes(replace(named(outputs=3), task="regression"), ("a",))
+    assert matched(named(*words), *(f"n{k:08}" for k in range(1000))) is None
+    assert matched(named(*words), words[1], words[0], *words[2:]) == [1, 0, *range(2, 1000)]
+    assert match_classes(replace(named(outputs=3), task="regression"), ("a",)) is None
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,9 @@ def check_count(bad: Sequence[Broken], max_bad: int) -> None:
     """Raise a DataError that lists them if more than `max_bad` images are broken."""
     if len(bad) <= max_bad:
         return
-    lines = [f"  {broken.reason}" for broken in bad[:LISTED]]
+    lines = [f"  {broken.reason.removesuffix('.')}." for broken in bad[:LISTED]]
     if len(bad) > LISTED:
-        lines.append(f"  and {len(bad) - LISTED} more")
+        lines.append(f"  And {len(bad) - LISTED} more.")
     images = "1 image is" if len(bad) == 1 else f"{len(bad)} images are"
     raise DataError(
         "\n".join([f"{images} broken:", *lines, f"Replace them, or leave them out with max_bad={len(bad)} or more."])

@@ -91,7 +91,8 @@ def open_unlabelled(
     Args:
         data: As `DataConfig.data`. Of a folder all images in it and in its folders are taken, of a named set, a
             stream and a table with a column `split` the validation part, else the test part, else all.
-        config: Has data_dir, download, max_val, seed, max_bad and check; no part of it is chosen by its splits.
+        config: Has data_dir, download, max_val (which a stream does not heed), seed, max_bad and check; its splits
+            choose no part of it.
         channels: 3 for RGB images, 1 for grey ones.
         masks: They are for a model of segmentation.
         workers: Processes that check the images.
@@ -100,6 +101,8 @@ def open_unlabelled(
         ConfigError, DataError: As `open_evaluation` does.
     """
     own = replace(config, data=data, train_split=None, val_split=None, masks=None, max_train=None)
+    if own.prefix in STREAMS:
+        own = replace(own, max_val=None)  # it is for the data beside it, of which some number is wanted
     source: Source | Stream
     if is_table(own):
         source = open_unlabelled_table(own, channels)

@@ -62,7 +62,7 @@ class Suite:
 
     Over images, whose loss is the share of their items that are wrong (of a regression the mean squared error): aurc
     (Geifman et al. 2019, arXiv:1805.08206), ranked by max_probability (of a regression by variance), and with a
-    threshold answered and answered_risk. An image whose pixels are all IGNORED is left out.
+    threshold answered and answered_risk (answered_mse). An image whose pixels are all IGNORED is left out.
 
     Sums are float64, counts int64, and none grows with the data. `compute` adds those of all processes.
 
@@ -156,7 +156,7 @@ class Suite:
         if self.threshold and self.detail:
             figures["answered"] = 1 - refused / images
             if refused < images:
-                figures["answered_risk"] = lost / (images - refused)
+                figures["answered_mse" if self.task == "regression" else "answered_risk"] = lost / (images - refused)
         ordered = {name: figures[name] for name in METRICS if name in figures}
         return Found(ordered, summary.members, summary.disagreement, summary.reliability, curves, images)
 
