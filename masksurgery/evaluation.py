@@ -87,7 +87,7 @@ def write_limit(threshold: Threshold) -> str:
     """The value of a threshold; of a probability near 1 the digits that tell it from 1."""
     value = threshold.value
     if threshold.score != "max_probability" or not 0.99 < value < 1:
-        return f"{value:.3g}"
+        return f"{value:#.3g}".removesuffix(".")
     return f"{value:.{min(math.ceil(-math.log10(1 - value)) + 1, 16)}f}"
 
 

@@ -181,7 +181,7 @@ def test_only_what_is_used_is_checked(tmp_path: Path) -> None:
 def test_a_long_list_is_cut(tmp_path: Path) -> None:
     write_classes(tmp_path, 40)
     break_files(tmp_path, tuple(range(30)))
-    with pytest.raises(DataError, match=r"30 images are broken:(\n  .*){20}\n  and 10 more\nReplace them") as info:
+    with pytest.raises(DataError, match=r"30 images are broken:(\n  .*){20}\n  And 10 more\.\nReplace them") as info:
         open_data(DataConfig(str(tmp_path)))
     assert str(info.value).count("cannot be read") == 20
     break_files(tmp_path, tuple(range(30, 40)))

@@ -351,18 +351,10 @@ def test_two_processes_find_the_same(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "base", tmp_path / "base")
     found = {}
     for processes in (1, 2):
-        folder = masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / str(processes) / "model")
-        run(
-            "evaluate",
-            place / "base",
-            "model",
-            *options,
-            "--json",
-            "out.json",
-            processes=processes,
-            folder=folder.parent,
-        )
-        found[processes] = json.loads((folder.parent / "out.json").read_text())
+        masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / "model", force=True)
+        run("evaluate", "base", "model", *options, "--json", "out.json", processes=processes, folder=tmp_path)
+        found[processes] = json.loads((tmp_path / "out.json").read_text())
+    assert [model["temperature"] for model in found[1]["models"]] != [None, None]
     assert_close(found[2], found[1])
 
 

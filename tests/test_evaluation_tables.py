@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -54,5 +55,16 @@ def test_small_and_large_numbers_keep_their_digits() -> None:
 
 
 def test_a_threshold_in_words() -> None:
-    assert rule(Threshold("max_probability", 0.8)) == "max probability is at least 0.8"
-    assert rule(Threshold("mutual_information", 0.25)) == "mutual information is at most 0.25"
+    assert rule(Threshold("max_probability", 0.8)) == "max probability is at least 0.800"
+    assert rule(Threshold("max_probability", 1 - 7.1e-5)) == "max probability is at least 0.999929"
+    assert rule(Threshold("max_probability", 1.0)) == "max probability is at least 1.00"
+    assert rule(Threshold("mutual_information", 0.25)) == "mutual information is at most 0.250"
+
+
+def test_equal_figures_are_not_marked() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    evaluation = ALL["classification"]()
+    first = evaluation.models[0]
+    console.print(evaluation_tables(replace(evaluation, models=(first, replace(first, name="other")))))
+    line = next(x for x in console.file.getvalue().splitlines() if x.startswith("NLL"))  # type: ignore[attr-defined]
+    assert "\x1b[1m" not in line
