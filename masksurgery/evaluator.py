@@ -71,7 +71,7 @@ class Evaluator:
         self.device = accelerator.device if accelerator.num_processes > 1 else torch.device("cpu")
         self.classes = match_classes(subject, sets.known.classes)
         self.images, self.ood_images = 0, dict.fromkeys(sets.ood, 0)
-        self.suite = partial(
+        self.make_suite = partial(
             Suite,
             subject.task,
             class_dim=subject.class_dim,
@@ -92,9 +92,9 @@ class Evaluator:
         subject = self.subject
         subject.model.to(self.accelerator.device).eval()
         threshold = self._fit()
-        suite = self.suite(threshold=threshold)
+        suite = self.make_suite(threshold=threshold)
         corrupted = {
-            (kind, severity): self.suite(detail=False)
+            (kind, severity): self.make_suite(detail=False)
             for kind in self.config.kinds
             for severity in range(1, SEVERITIES + 1)
         }
@@ -154,7 +154,7 @@ class Evaluator:
                 threshold = None
         if config.fits_threshold:
             assert self.sets.held is not None
-            suite = self.suite()
+            suite = self.make_suite()
             for x, y, _ in self._batches(self.sets.held, "fitting the threshold"):
                 suite.update(self._predict(x), y)
             score: Score = config.score or suite.ranked.scores[0]

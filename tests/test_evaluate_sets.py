@@ -133,6 +133,12 @@ def test_names_and_pictures_of_a_gallery_belong_together(place: Path, data: Data
         assert sample.predicted == NAMES[int(p.mean.argmax())]
 
 
+def test_without_galleries(place: Path, data: DataConfig, tmp_path: Path) -> None:
+    unknown = write_noise(tmp_path / "unknown", 3, 110, 1)
+    config = EvaluateConfig(ood=(str(unknown),), workers=0, gallery=0)
+    assert evaluate(place / "ensemble", data, config=config).models[0].galleries == {}
+
+
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
