@@ -1,7 +1,6 @@
 """Evaluations of streams, of several sets, of some classes only, and of models that differ in what they take."""
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -267,9 +266,3 @@ def test_outputs_are_checked_first(place: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", place / "ensemble", "--data", place / "images", "--json", "one", "--csv", "./one")
     _, err = run(*arguments, folder=tmp_path, status=2)
     assert "one is named twice" in err and not (tmp_path / "one").exists()
-
-
-def test_what_is_there_is_replaced(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.json").write_text("before")
-    run("evaluate", place / "ensemble", "--data", place / "images", "--json", "out.json", folder=tmp_path)
-    assert json.loads((tmp_path / "out.json").read_text())["images"] == 27
