@@ -97,7 +97,7 @@ def test_a_number_of_images_is_not_for_a_stream_beside_them(place: Path, data: D
 
 
 def test_two_sets_beside_each_other(place: Path, data: DataConfig, tmp_path: Path) -> None:
-    one, two = write_noise(tmp_path / "one", 6, 110, 1), write_noise(tmp_path / "two", 7, 200, 2)
+    one, two = write_noise(tmp_path / "one", 6, 110, 1), write_noise(tmp_path / "two", 7, 110, 2)
     config = EvaluateConfig(ood=(str(one), str(two), f"{one}/"), workers=0, gallery=5)
     found = evaluate(place / "ensemble", data, config=config)
     assert found.ood == {str(one): 6, str(two): 7}  # each once
@@ -108,7 +108,9 @@ def test_two_sets_beside_each_other(place: Path, data: DataConfig, tmp_path: Pat
     for name, other in alone.items():
         assert found.models[0].detection[name] == other.models[0].detection[name]
     shown = [sample for other in alone.values() for sample in other.models[0].galleries["unknown"]]
+    before = [sample.name for sample in shown[:5]]
     shown.sort(key=lambda sample: sample.scores["entropy"])
+    assert [sample.name for sample in shown[:5]] != before  # those of the two sets are mixed
     assert [sample.name for sample in found.models[0].galleries["unknown"]] == [sample.name for sample in shown[:5]]
 
 
