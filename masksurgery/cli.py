@@ -28,6 +28,7 @@ from masksurgery.options import (
     TrainMode,
     Trust,
     Where,
+    check_files,
     check_output,
     check_settings,
     parse_object,
@@ -249,9 +250,7 @@ def predict(
     from masksurgery.predict import predict_images, write_csv, write_json
     from masksurgery.tables import out, prediction_table, print_line, step, track
 
-    for file in (json_file, csv_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
+    check_files(json_file, csv_file)
     images = find_images(paths)
     with step(f"Loading {directory}"):
         model = load(place_of(directory), trust=trust)

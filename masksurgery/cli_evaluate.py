@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,9 @@ import typer
 
 from masksurgery.data import DataConfig
 from masksurgery.evaluation_config import EvaluateConfig
-from masksurgery.options import Task, Trust
+from masksurgery.options import Task, Trust, check_files, is_main_process
 from masksurgery.processes import require
 from masksurgery.settings_options import pick, with_settings
-from masksurgery.types import ConfigError
 
 
 def _output(flag: str, what: str) -> Any:
@@ -66,7 +64,7 @@ def evaluate(
 
     if report is not None:
         _check_report()
-    main = os.environ.get("RANK", "0") == "0"  # as the launchers of torch and Accelerate set it
+    main = is_main_process()
     with Steps(main) as steps:
         found = run(
             directories,
@@ -86,19 +84,6 @@ def evaluate(
     if report is not None:
         write_report(found, report)
         out().print(f"The report is in {report}.", soft_wrap=True)
-
-
-def check_files(*files: Path | None) -> None:
-    """Raise a ConfigError for a file that could not be written at the end, or that two outputs share."""
-    seen: list[Path] = []
-    for file in (file.absolute() for file in files if file is not None):
-        if not file.parent.is_dir():
-            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
-        if not os.access(file.parent, os.W_OK):
-            raise ConfigError(f"{file} cannot be written: you may not write to {file.parent}.")
-        if file in seen:
-            raise ConfigError(f"{file} is named twice. Pass another name for each of --report, --json and --csv.")
-        seen.append(file)
 
 
 def _check_report() -> None:

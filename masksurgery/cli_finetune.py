@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from masksurgery.data import DataConfig
-from masksurgery.options import Directory, Trust, place_of
+from masksurgery.options import Directory, Trust, is_main_process, place_of
 from masksurgery.settings_options import pick, with_settings
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.transforms import Augmentation
@@ -60,7 +60,7 @@ def finetune(
     from masksurgery.progress import TrainingProgress
     from masksurgery.tables import out, print_line
 
-    main = os.environ.get("RANK", "0") == "0"  # as the launchers of torch and Accelerate set it
+    main = is_main_process()
     try:
         with TrainingProgress(main) as progress:
             run(

@@ -77,7 +77,7 @@ class Demo:
         Args:
             epochs: Of the base model, and then of both.
             say: Is told of each step beforehand.
-            observer: Of the trainings and of the evaluation.
+            observer: Of the evaluation.
         Raises:
             ConfigError: A package is missing, or the folder is not empty.
         """

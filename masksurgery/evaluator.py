@@ -20,6 +20,7 @@ from masksurgery.evaluation_data import Sets, match_classes
 from masksurgery.galleries import Galleries
 from masksurgery.images import readable
 from masksurgery.metrics import Found, RankedScores, Suite, detect, histograms, roc
+from masksurgery.metrics.items import to_device
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.scores import Score, Threshold
 from masksurgery.subjects import Subject
@@ -212,7 +213,7 @@ class Evaluator:
     def _predict(self, x: Tensor) -> Prediction | RegressionPrediction:
         with torch.inference_mode(), self.accelerator.autocast():
             p = self.subject.model(x)
-        return type(p)(*(field.to(self.device) for field in p))
+        return to_device(p, self.device)
 
     def _corrupted(
         self, x: Tensor, y: Tensor, positions: Tensor, kind: str, severity: int

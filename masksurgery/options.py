@@ -106,6 +106,24 @@ def check_output(directory: Path, force: bool) -> None:
         raise ConfigError(f"-o {directory} cannot be made: {nearest} is not a folder that you may write to.")
 
 
+def check_files(*files: Path | None) -> None:
+    """Raise a ConfigError for a file that could not be written at the end, or that two outputs share."""
+    seen: list[Path] = []
+    for file in (file.absolute() for file in files if file is not None):
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file} cannot be written: there is no folder {file.parent}.")
+        if not os.access(file.parent, os.W_OK):
+            raise ConfigError(f"{file} cannot be written: you may not write to {file.parent}.")
+        if file in seen:
+            raise ConfigError(f"{file} is named twice. Pass another name for each output.")
+        seen.append(file)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, as the launchers of torch and Accelerate say it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 # Newer versions of typer have a click of their own, so its errors are not those of the package of that name.
