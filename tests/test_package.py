@@ -19,7 +19,7 @@ ROWS = (
     ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores"),
     ("tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "candidates", "sites", "rewrite"),
-    ("graphs", "part", "model", "macs", "convert"),
+    ("graphs", "ensemble", "part", "model", "macs", "convert"),
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),
     ("rebuild", "folders", "restore", "checkpoint"),
     ("images", "transforms", "randomness", "stopping", "processes", "data"),
