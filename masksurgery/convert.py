@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from masksurgery.candidates import resolve_types
 from masksurgery.copying import copy_module
+from masksurgery.ensemble import Ensemble
 from masksurgery.example import Example
 from masksurgery.inputs import bind_inputs, describe_inputs, placeholder_values
 from masksurgery.kinds import compiled_module
@@ -147,11 +148,11 @@ class Draft:
                 `unbatched` names no input.
             TraceError, LayoutError: It can be neither traced nor run, or its inputs are not known.
         """
-        if any(isinstance(module, (_Masksembles, ConvertedModel)) for module in model.modules()):
-            raise ConfigError(
-                f"{type(model).__name__} holds Masksembles layers already: it is converted. "
-                f"Convert its base model instead."
-            )
+        held = [module for module in model.modules() if isinstance(module, (_Masksembles, Ensemble))]
+        if held:
+            is_packed = isinstance(held[0], Ensemble) and not isinstance(held[0], ConvertedModel)
+            what = "members that are packed" if is_packed else "Masksembles layers already"
+            raise ConfigError(f"{type(model).__name__} holds {what}: it is converted. Convert its base model instead.")
         _check_ready(model)
         _check_detection(model)
         bound = bind_inputs(model, default_inputs(model) if example_inputs is None else example_inputs)
