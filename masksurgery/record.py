@@ -138,6 +138,7 @@ class Record:
     pretrained_cfg: dict[str, Any] | None = None
     temperature: float | None = None
     threshold: Threshold | None = None
+    multiple_of: int = 1
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""

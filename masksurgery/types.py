@@ -173,9 +173,11 @@ class ConvertConfig:
     seed: int = 0
     heteroscedastic: bool = False
     unbatched: tuple[str, ...] = ()
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         check_masks_arguments(self.n, self.scale)
+        check_multiple(self.multiple_of)
         check_choice("where", self.where, WHERE)
         check_choice("task", self.task, TASKS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
@@ -194,6 +196,15 @@ def check_masks_arguments(n: Any, scale: Any) -> None:
     if not 1 <= scale < float("inf"):  # false for nan
         raise MaskError(
             f"scale={scale!r} is not a finite number of at least 1, where all masks are equal. Try scale=2.0."
+        )
+
+
+def check_multiple(multiple_of: Any) -> None:
+    """Raise a MaskError unless it is a positive integer."""
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, (int, np.integer)) or multiple_of < 1:
+        raise MaskError(
+            f"multiple_of={multiple_of!r} is not a positive integer. Pass what kept channels are to be a multiple of, "
+            f"such as multiple_of=8, or 1 for any number of them."
         )
 
 

@@ -66,8 +66,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "class_dim": ({"class_dim": 2}, ConfigError, r"class_dim=2 is not in the output's shape \(\d+, 4\)"),
     "heteroscedastic": ({"heteroscedastic": True}, ConfigError, r"heteroscedastic=True needs task=\"regression\""),
     "two outputs": ({"heteroscedastic": True, "task": "regression"}, ConfigError, r"needs two outputs of one shape"),
-    "tie": ({"tie": "stream"}, ConfigError, r"tie='stream'.*not yet available"),
-    "multiple_of": ({"multiple_of": 8}, ConfigError, r"multiple_of=8.*not yet available"),
+    "multiple_of=0": ({"multiple_of": 0}, MaskError, r"multiple_of=0 is not a positive integer"),
+    "multiple_of=1.5": ({"multiple_of": 1.5}, MaskError, r"multiple_of=1.5 is not a positive integer"),
     "unbatched": (
         {"unbatched": ["mask"]},
         ConfigError,
