@@ -36,6 +36,7 @@ from masksurgery.types import (
     Skipped,
     Surgery,
     Task,
+    Tie,
     TraceError,
     TrainMode,
     Where,
@@ -59,7 +60,7 @@ def convert(
     class_dim: int = 1,
     train_mode: TrainMode = "split",
     rescale: bool = True,
-    tie: str | None = None,
+    tie: Tie | None = None,
     multiple_of: int = 1,
     seed: int = 0,
     heteroscedastic: bool = False,
@@ -81,7 +82,7 @@ def convert(
         class_dim: Where the classes are in the model's output.
         train_mode: "split" sends each sample of a batch through one member, "repeat" through all.
         rescale: Divide the kept channels by the kept share, as dropout does.
-        tie: Not yet available.
+        tie: "stream": the sites whose outputs are added into one residual stream share their masks.
         multiple_of: Every mask keeps a multiple of so many channels, where that leaves any out.
         seed: For the masks; every site has a stream of its own.
         heteroscedastic: With `task="regression"`: the model returns a mean and a log-variance.
@@ -98,11 +99,10 @@ def convert(
     Source:
         Durasov et al. 2021, arXiv:2012.08334.
     """
-    if tie is not None:
-        raise ConfigError(f"tie={tie!r}: not yet available. Pass tie=None.")
     config = ConvertConfig(
         n, scale, resolve_types(after, model), where, None if include is None else _several(include), _several(exclude),
-        task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched), multiple_of,
+        task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched), tie,
+        multiple_of,
     )  # fmt: skip
     draft = Draft.of(model, config, example_inputs)
     selection = find_sites(draft.region, config)

@@ -58,6 +58,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         unbatched=config.unbatched,
         after=None if config.after is None else tuple(map(class_name, config.after)),
         where=config.where,
+        tie=config.tie,
         multiple_of=int(config.multiple_of),
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
