@@ -87,7 +87,9 @@ def single(net: Network, node: fx.Node) -> bool:
 
 def _operation(net: Network, folding: Folding, node: fx.Node) -> Operation:
     if node.op == "output":
-        return Operation(node, "output", tuple((n, k) for n in node.all_input_nodes for k in range(len(net.tensors(n)))))
+        return Operation(
+            node, "output", tuple((n, k) for n in node.all_input_nodes for k in range(len(net.tensors(n))))
+        )
     fact = net.facts[node]
     inputs = tuple((n, 0) for n in net.data_inputs(node))
     constants = tuple(n for n in node.all_input_nodes if n.op == "get_attr" and fact.has_tensor)
@@ -124,7 +126,11 @@ def _leaf(net: Network, node: fx.Node) -> int | None:
     """Which tensor of a tuple `x[k]` is."""
     source, key = node.args[0], node.args[1]
     value = net.facts[cast(fx.Node, source)].value
-    if not isinstance(value, (tuple, list)) or not isinstance(key, int) or not all(isinstance(x, Tensor) for x in value):
+    if (
+        not isinstance(value, (tuple, list))
+        or not isinstance(key, int)
+        or not all(isinstance(x, Tensor) for x in value)
+    ):
         return None
     return key % len(value)
 

@@ -186,7 +186,9 @@ def _computes_nothing(net: Network, node: fx.Node) -> bool:
         return False
     named = "dropout" in str(node.target).lower() or node.op == "call_module"
     source = net.facts[inputs[0]].value
-    return named and isinstance(source, Tensor) and source.shape == fact.value.shape and source.dtype == fact.value.dtype
+    return (
+        named and isinstance(source, Tensor) and source.shape == fact.value.shape and source.dtype == fact.value.dtype
+    )
 
 
 def _as_affine(net: Network, node: fx.Node) -> tuple[Affine | None, nn.Module | None]:

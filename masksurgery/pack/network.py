@@ -222,9 +222,7 @@ def _run(node: fx.Node, root: nn.Module, values: dict[fx.Node, Any]) -> Any:
 
 def _alike(one: Any, other: Any) -> bool:
     pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
-    return all(
-        a.is_meta or torch.equal(a, b) if isinstance(a, Tensor) else a is b or bool(a == b) for a, b in pairs
-    )
+    return all(a.is_meta or torch.equal(a, b) if isinstance(a, Tensor) else a is b or bool(a == b) for a, b in pairs)
 
 
 def _unused_names(root: nn.Module, stem: str) -> Iterator[str]:

@@ -106,9 +106,7 @@ class Collect(nn.Module):
 
     def forward(self, outputs: Sequence[Any]) -> Any:
         leaves = [tree_flatten(output) for output in outputs]
-        found = [
-            _collect([flat[k] for flat, _ in leaves], batch_dim) for k, batch_dim in enumerate(self.batch_dims)
-        ]
+        found = [_collect([flat[k] for flat, _ in leaves], batch_dim) for k, batch_dim in enumerate(self.batch_dims)]
         return tree_unflatten(found, leaves[0][1])
 
 

@@ -139,9 +139,7 @@ class Slicer:
             found = self._recut(found, d, own, wanted, known, place)
         return found
 
-    def _recut(
-        self, x: fx.Node, d: int, own: Tensor, wanted: Tensor, known: Known, place: TensorPlace
-    ) -> fx.Node:
+    def _recut(self, x: fx.Node, d: int, own: Tensor, wanted: Tensor, known: Known, place: TensorPlace) -> fx.Node:
         key = (x, d, tuple(wanted.tolist()))
         if key in self.cut:
             return self.cut[key]
