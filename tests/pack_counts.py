@@ -68,9 +68,10 @@ class Watch(TorchFunctionMode):
         if func in NOTES:
             product, read = NOTES[func](out, *args, **kwargs)
             layer = next((self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names), "")
+            call = len(self.products)
             self.products.append(replace(product, layer=layer))
             if out.requires_grad:
-                out.register_hook(lambda grad, call=len(self.products) - 1: self._read(call, read(grad)))
+                out.register_hook(lambda grad: self._read(call, read(grad)))
         return out
 
     def _read(self, call: int, outputs: Tensor) -> None:
