@@ -17,11 +17,12 @@ from torch import nn
 
 from masksurgery.checkpoint import load, load_base, save, save_base
 from masksurgery.data import DataConfig, DataError, explained_death, steps_per_epoch
+from masksurgery.ensemble import Ensemble
 from masksurgery.events import Observer
 from masksurgery.identity import describe_run
 from masksurgery.images import preprocessing_of
 from masksurgery.losses import Objective, choose_loss
-from masksurgery.model import ConvertedModel
+from masksurgery.model import ConvertedModel, refuse_packed
 from masksurgery.optimisation import check_optimizer, create_mixup
 from masksurgery.processes import accelerated, require
 from masksurgery.runs import TRACKERS, RunFolder
@@ -83,7 +84,7 @@ def finetune(
         raise ConfigError("base_only=True needs the folder of the converted model, which its base model is read from.")
     _check_place(folder.path, model, data)
     with _accelerator(config, folder.path) as accelerator:
-        converted = copy.deepcopy(model) if isinstance(model, ConvertedModel) else load(model, trust=trust)
+        converted = _open(model, trust)
         if not base_only:
             _forget_fitted(converted, accelerator)
         check_optimizer(config)
@@ -118,6 +119,13 @@ def finetune(
         with _going_on(folder), explained_death():
             trainer.run()
     return folder.path
+
+
+def _open(model: ConvertedModel | str | Path, trust: bool) -> ConvertedModel:
+    """The converted model that the run trains; a ConfigError for a packed one."""
+    opened = copy.deepcopy(model) if isinstance(model, Ensemble) else load(model, trust=trust)
+    refuse_packed(opened, "finetune")
+    return opened
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class SavedModel:
     Attributes:
         config, weights: The paths of its files, for messages.
         record: config.json.
-        state: The base model's tensors, by all of their names.
+        state: The tensors of the base model, or of the packed model, by all of their names.
         masks: Boolean [n, c] by the name of the mask module.
     """
 
@@ -46,8 +46,9 @@ class SavedModel:
         folder = find_folder(place)
         record = read_record(folder / CONFIG)
         tensors = _read_weights(folder / WEIGHTS, record)
-        masks = check_masks(record.sites, record.n, tensors, folder / WEIGHTS)
-        of_masks = {f"{name}.masks" for name in masks}
+        is_packed = record.packed is not None
+        masks = check_masks(record.sites, record.n, tensors, folder / WEIGHTS, is_packed)
+        of_masks = {mask_key(name, is_packed) for name in masks}
         state = {name: x for name, x in tensors.items() if name not in of_masks}
         return cls(folder / CONFIG, folder / WEIGHTS, record, state, masks)
 
@@ -109,11 +110,18 @@ def _read_weights(path: Path, record: Record) -> dict[str, Tensor]:
     return tensors
 
 
-def check_masks(sites: tuple[Site, ...], n: int, tensors: Mapping[str, Tensor], path: Path) -> dict[str, np.ndarray]:
+def mask_key(name: str, is_packed: bool) -> str:
+    """The key that masks are saved under: in a packed model there is no module of that name."""
+    return f"masks.{name}" if is_packed else f"{name}.masks"
+
+
+def check_masks(
+    sites: tuple[Site, ...], n: int, tensors: Mapping[str, Tensor], path: Path, is_packed: bool = False
+) -> dict[str, np.ndarray]:
     """The masks by the name of their module, each checked against the record."""
     masks: dict[str, np.ndarray] = {}
     for i, site in enumerate(sites):
-        key = f"{site.mask}.masks"
+        key = mask_key(site.mask, is_packed)
         if site.mask in masks:
             raise CheckpointError(
                 f"{path.with_name(CONFIG)}: 'sites[{i}].mask' is '{site.mask}', which another site has."

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from masksurgery.convert import default_inputs
+from masksurgery.ensemble import Ensemble
 from masksurgery.inputs import describe
-from masksurgery.model import ConvertedModel
 from masksurgery.transforms import Preprocessing
 from masksurgery.types import ConfigError, MasksurgeryError, TraceError
 
@@ -148,7 +148,7 @@ def pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
 def image_input(model: nn.Module) -> tuple[list[int], str]:
     """Shape and dtype of the image that the model takes; a ConfigError if it takes something else.
 
-    A converted model takes what its example inputs are, a base model what its attribute `example_inputs` or its
+    An ensemble takes what its example inputs are, a base model what its attribute `example_inputs` or its
     pretrained_cfg says.
     """
     tensors = tree_leaves(_described_inputs(model), is_leaf=_is_tensor)
@@ -162,7 +162,7 @@ def image_input(model: nn.Module) -> tuple[list[int], str]:
 
 
 def _described_inputs(model: nn.Module) -> Any:
-    if isinstance(model, ConvertedModel):
+    if isinstance(model, Ensemble):
         return model.inputs
     given = getattr(model, "example_inputs", None)
     try:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from masksurgery.copying import copy_module, meta_copy
+from masksurgery.ensemble import Ensemble
 from masksurgery.inputs import bind, make_inputs, placeholder_values
 from masksurgery.model import ConvertedModel
 from masksurgery.types import TraceError
@@ -106,7 +107,7 @@ def conversion_macs(base: nn.Module, converted: ConvertedModel) -> Macs:
     return Macs(one, converted.surgery.n * one, count_macs(converted, (), placeholder_values(bound)))
 
 
-def sample_inputs(base: nn.Module, converted: ConvertedModel, samples: int) -> inspect.BoundArguments:
+def sample_inputs(base: nn.Module, converted: Ensemble, samples: int) -> inspect.BoundArguments:
     """The example inputs of a conversion, all zeros, with `samples` samples each."""
     bound = bind(base, *make_inputs(converted.inputs))
     unbatched = set(converted.settings.unbatched)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from masksurgery.ensemble import Ensemble
 from masksurgery.images import (
     BY_HAND,
     Broken,
@@ -23,7 +24,6 @@ from masksurgery.images import (
     preprocessing_of,
     readable,
 )
-from masksurgery.model import ConvertedModel
 from masksurgery.prediction import Prediction, RegressionPrediction, first_prediction
 from masksurgery.types import ConfigError
 
@@ -67,7 +67,7 @@ class Reader:
         ConfigError: The model takes something else than one image.
     """
 
-    def __init__(self, model: ConvertedModel) -> None:
+    def __init__(self, model: Ensemble) -> None:
         preprocessing = preprocessing_of(model)
         self.channels: int = preprocessing.channels
         self.transform = preprocessing.evaluation()
@@ -79,12 +79,12 @@ class Reader:
 
 
 def predict_images(
-    model: ConvertedModel, paths: Sequence[Path], topk: int = 5, batch_size: int = BATCH_SIZE
+    model: Ensemble, paths: Sequence[Path], topk: int = 5, batch_size: int = BATCH_SIZE
 ) -> Iterator[Row | Broken]:
     """Predict images in batches, in their order.
 
     Args:
-        model: Its mode is switched to eval.
+        model: Converted or packed. Its mode is switched to eval.
         paths: Image files.
         topk: Classes or labels per image, the most probable first. A regression has all its outputs.
         batch_size: Images per forward.
@@ -107,7 +107,7 @@ def predict_images(
             yield result if isinstance(result, Broken) else _row(readable(path), *next(predicted), names, topk)
 
 
-def _predict_batch(model: ConvertedModel, x: Tensor) -> Iterator[tuple[Prediction | RegressionPrediction, bool | None]]:
+def _predict_batch(model: Ensemble, x: Tensor) -> Iterator[tuple[Prediction | RegressionPrediction, bool | None]]:
     """The prediction of each image, in double precision on the CPU, and whether it is unsure."""
     with torch.inference_mode():
         outputs = model(x)

@@ -1,4 +1,4 @@
-"""What `save` records of a converted model, and the recipe of its base model, which is checked by making it."""
+"""What `save` records of a model, and the recipe of its base model, which is checked by making it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any, cast
 
 from torch import nn
 
+from masksurgery.ensemble import Ensemble
 from masksurgery.factory import SHAPING, Recipe, from_recipe, is_timm_name
 from masksurgery.layers import Members, Repeat, _Masksembles
 from masksurgery.model import ConvertedModel
 from masksurgery.opaque import Follow, Opaque
 from masksurgery.part import Part
 from masksurgery.prediction import Head
-from masksurgery.record import FORMAT_VERSION, BaseRecipe, Inputs, PartInputs, Record
+from masksurgery.record import FORMAT_VERSION, BaseRecipe, Inputs, Packing, PartInputs, Record
 from masksurgery.types import CheckpointError, ConfigError
 from masksurgery.weights import parameter_groups
 
@@ -28,12 +29,13 @@ CALLER_SUPPLIES = "the caller supplies the base model: masksurgery.load(folder, 
 INSERTED = (_Masksembles, Members, Repeat, Head, Opaque, Follow)
 
 
-def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> tuple[str, str]:
+def describe(model: Ensemble, aliases: Mapping[str, str], path: Path, packed: Packing | None = None) -> tuple[str, str]:
     """The text of config.json, and its id.
 
     Args:
         aliases: The further names of tied parameters, by the name that they are saved under.
         path: For the message.
+        packed: What packs a packed model again.
     Raises:
         CheckpointError: The example inputs are not what JSON holds.
     """
@@ -52,12 +54,14 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         seed=int(surgery.seed),
         task=config.task,
         class_dim=int(config.class_dim),
-        train_mode=model.members_module.train_mode,
+        train_mode=model.members_module.train_mode if isinstance(model, ConvertedModel) else config.train_mode,
         rescale=bool(config.rescale),
         heteroscedastic=bool(config.heteroscedastic),
         unbatched=config.unbatched,
         after=None if config.after is None else tuple(map(class_name, config.after)),
         where=config.where,
+        tie=config.tie,
+        multiple_of=int(config.multiple_of),
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         inputs=Inputs(tuple(model.inputs["args"]), dict(model.inputs["kwargs"])),
@@ -69,6 +73,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         pretrained_cfg=plain_cfg(getattr(model, "pretrained_cfg", None)),
         temperature=None if model.head_module.temperature == 1 else model.head_module.temperature,
         threshold=model._threshold,
+        packed=packed,
     )
     try:
         identity = hashlib.sha256(record.to_json().encode("utf-8")).hexdigest()[:16]
@@ -105,13 +110,16 @@ def plain_cfg(cfg: Any) -> dict[str, Any] | None:
     return plain
 
 
-def find_recipe(model: ConvertedModel) -> Recipe | None:
+def find_recipe(model: Ensemble) -> Recipe | None:
     """A recipe that makes the base model again: the same modules, with the same settings, keys and shapes.
 
     Returns:
-        None if only the caller can make it. A recipe of the user's own factory is not tried, for that would run it.
+        None if only the caller can make it. A recipe of the user's own factory is not tried, for that would run it;
+        nor is that of a packed model, whose modules are others: it was tried when the model was packed.
     """
     given = Recipe.from_dict(model.recipe) if model.recipe else None
+    if not isinstance(model, ConvertedModel):
+        return given
     for recipe in [given] if given else _guesses(model):
         try:
             written = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(), allow_nan=False)))

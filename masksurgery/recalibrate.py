@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masksurgery.model import ConvertedModel
+from masksurgery.model import ConvertedModel, refuse_packed
 from masksurgery.types import ConfigError
 
 
@@ -25,8 +25,9 @@ def recalibrate(model: ConvertedModel, loader: Iterable[Any], *, max_batches: in
     Returns:
         How many BatchNorm layers were re-estimated; 0 if the model has none that tracks statistics.
     Raises:
-        ConfigError: The loader is empty.
+        ConfigError: The loader is empty, or the model is packed.
     """
+    refuse_packed(model, "recalibrate")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}

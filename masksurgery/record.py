@@ -17,7 +17,17 @@ from masksurgery.axes import Axis, Dims
 from masksurgery.example import Example
 from masksurgery.inputs import bind, describe, describe_inputs, make_inputs, placeholder_values
 from masksurgery.scores import Threshold
-from masksurgery.types import CheckpointError, ConvertConfig, MasksurgeryError, Site, Skipped, Task, TrainMode, Where
+from masksurgery.types import (
+    CheckpointError,
+    ConvertConfig,
+    MasksurgeryError,
+    Site,
+    Skipped,
+    Task,
+    Tie,
+    TrainMode,
+    Where,
+)
 
 FORMAT_VERSION = 1
 
@@ -92,6 +102,14 @@ class PartInputs:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What packs a model again: the arguments of `pack`."""
+
+    layout: Literal["unrolled", "grouped"]
+    dense: bool
+
+
+@dataclass(frozen=True)
 class Record:
     """What config.json holds. Fields with a default may be missing from it.
 
@@ -108,6 +126,7 @@ class Record:
         output: What eval returns.
         temperature: What was fitted; None if nothing was.
         threshold: The same.
+        packed: Of a packed model; None of a converted one, and then not written.
     """
 
     format_version: int
@@ -138,6 +157,9 @@ class Record:
     pretrained_cfg: dict[str, Any] | None = None
     temperature: float | None = None
     threshold: Threshold | None = None
+    packed: Packing | None = None
+    tie: Tie | None = None
+    multiple_of: int = 1
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""
@@ -145,7 +167,10 @@ class Record:
         return ConvertConfig(**{**shared, "after": None if after is None else tuple(after)})
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        content = asdict(self)
+        if self.packed is None:  # a key that readers from before there was packing refuse
+            del content["packed"]
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def read_object(path: Path) -> dict[str, Any]:

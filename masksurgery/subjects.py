@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from masksurgery.checkpoint import load, read_base
 from masksurgery.copying import copy_module
+from masksurgery.ensemble import Ensemble
 from masksurgery.factory import create_base
 from masksurgery.folders import find_folder
 from masksurgery.images import given_names, image_input, label_names, preprocessing_of, readable
 from masksurgery.losses import answered_prediction
-from masksurgery.model import ConvertedModel
 from masksurgery.prediction import (
     Head,
     Prediction,
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
     """A model that returns one prediction for a batch of images, whatever else it has to say.
 
     Args:
-        model: A converted model, or a base model with a head of one member.
+        model: A converted or packed model, or a base model with a head of one member.
         head: Of a base model.
     """
 
@@ -66,7 +66,7 @@ class Subject:
 
     Attributes:
         name: Where it comes from.
-        kind: "base" or "converted".
+        kind: "base" or "converted"; a packed model is a converted one, written out.
         model: In eval mode. It returns a Prediction or a RegressionPrediction for images [b, c, h, w].
         n: Number of members; 1 for a base model.
         task: What it does.
@@ -95,14 +95,14 @@ class Subject:
     folder: Path | None = None
 
     @property
-    def converted(self) -> ConvertedModel | None:
-        """The converted model itself; None of a base model."""
-        return self.model.model if isinstance(self.model.model, ConvertedModel) else None
+    def ensemble(self) -> Ensemble | None:
+        """The converted or packed model itself; None of a base model."""
+        return self.model.model if isinstance(self.model.model, Ensemble) else None
 
     @property
     def threshold(self) -> Threshold | None:
-        """Of a converted model, if one was fitted."""
-        return self.converted._threshold if self.converted else None
+        """Of an ensemble, if one was fitted."""
+        return self.ensemble._threshold if self.ensemble else None
 
     @property
     def temperature(self) -> float:
@@ -140,9 +140,9 @@ def open_subject(
     """
     ConvertConfig(task=task, heteroscedastic=heteroscedastic)  # checks them
     model, folder = _open(place, trust)
-    name, converted = name or _name_of(place), model if isinstance(model, ConvertedModel) else None
-    if converted:
-        settings = converted.settings
+    name, ensemble = name or _name_of(place), model if isinstance(model, Ensemble) else None
+    if ensemble:
+        settings = ensemble.settings
         task, class_dim, heteroscedastic = settings.task, settings.class_dim, settings.heteroscedastic
     try:
         preprocessing, x = preprocessing_of(model), _images(model)
@@ -154,7 +154,7 @@ def open_subject(
     outputs, given, shown = count_outputs(p, task, class_dim), given_names(model), label_names(model)
     return Subject(
         name,
-        "converted" if converted else "base",
+        "converted" if ensemble else "base",
         predictor,
         p.members.shape[1],
         task,
@@ -165,7 +165,7 @@ def open_subject(
         preprocessing,
         given if given and len(given) == outputs else None,
         shown if shown and len(shown) == outputs else None,
-        folder if converted else None,
+        folder if ensemble else None,
     )
 
 
@@ -175,7 +175,7 @@ def open_subject(
 def converted_settings(place: str | Path | nn.Module) -> dict[str, Any] | None:
     """What a converted model says of its outputs, as arguments of `open_subject`; None of a base model."""
     if isinstance(place, nn.Module):
-        source: Any = place.settings if isinstance(place, ConvertedModel) else None
+        source: Any = place.settings if isinstance(place, Ensemble) else None
     else:
         folder = _find(place)
         content = read_object(folder / CONFIG) if folder else {}
@@ -220,7 +220,7 @@ def _name_of(place: str | Path | nn.Module) -> str:
     if not isinstance(place, nn.Module):
         return readable(Path(place)) if isinstance(place, Path) else place
     cfg = getattr(place, "pretrained_cfg", None) or {}
-    kind = place._base_type if isinstance(place, ConvertedModel) else type(place)
+    kind = place._base_type if isinstance(place, Ensemble) else type(place)
     return str(cfg.get("architecture") or kind.__name__)
 
 
@@ -235,7 +235,7 @@ def _images(model: nn.Module) -> Tensor:
 
 
 def _predictor(model: nn.Module, x: Tensor, task: Task, class_dim: int, heteroscedastic: bool) -> Predictor:
-    if isinstance(model, ConvertedModel):
+    if isinstance(model, Ensemble):
         model.output = "prediction"
         return Predictor(model)
     try:

@@ -23,9 +23,10 @@ from masksurgery.data import (
     steps_per_epoch,
     train_batches,
 )
+from masksurgery.ensemble import whole_output
 from masksurgery.images import Broken, image_input, preprocessing_of
 from masksurgery.losses import answered_prediction
-from masksurgery.model import ConvertedModel, whole_output
+from masksurgery.model import ConvertedModel
 from masksurgery.recalibrate import recalibrate
 from masksurgery.training_config import FinetuneConfig
 from masksurgery.transforms import Augmentation, Transform

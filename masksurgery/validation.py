@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from masksurgery.ensemble import whole_output
 from masksurgery.losses import Objective
-from masksurgery.model import whole_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

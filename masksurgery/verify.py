@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from masksurgery.copying import copy_module
 from masksurgery.inputs import bind
 from masksurgery.kinds import compiled_module
-from masksurgery.model import ConvertedModel
+from masksurgery.model import ConvertedModel, refuse_packed
 from masksurgery.oracle import Oracle
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.types import ConfigError, VerificationError
@@ -71,6 +71,7 @@ def verify(
     Source:
         The oracle is the definition in Durasov et al. 2021, arXiv:2012.08334, section 3.
     """
+    refuse_packed(model, "verify")
     if not isinstance(model, ConvertedModel):
         raise ConfigError(f"verify takes a converted model first, not {type(model).__name__}.")
     if mode not in ("eval", "train"):

@@ -79,6 +79,7 @@ ENTRIES = {
     "skipped": {"layer": "x", "reason": "y"},
     "parts": {"name": "x", "first": {"args": [], "kwargs": {}}, "second": {}, "axes": {}},
 }
+PACKED = {"layout": "unrolled", "dense": False}  # what only a packed model has
 
 
 def hint_of(path: tuple[str | int, ...]) -> Any:
@@ -115,7 +116,7 @@ def test_every_field_has_a_type(path: tuple[str | int, ...], folder: Path) -> No
     for value in wrong_values(hint_of(path)):
 
         def put(config: Any, value: Any = value) -> None:
-            config["after"] = ["torch.nn.modules.conv.Conv2d"]
+            config.update(after=["torch.nn.modules.conv.Conv2d"], packed=dict(PACKED))
             for step in path[:-1]:
                 if config[step] == []:  # a list without an entry so far
                     config[step] = [copy.deepcopy(ENTRIES.get(step, "x"))]
@@ -131,12 +132,13 @@ def test_every_field_has_a_type(path: tuple[str | int, ...], folder: Path) -> No
 @pytest.mark.parametrize("path", [path for path in FIELDS if isinstance(path[-1], str)], ids=name_of)
 def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path) -> None:
     def parent(config: Any) -> Any:
-        config.update({key: [copy.deepcopy(entry)] for key, entry in ENTRIES.items()})
+        config.update({key: [copy.deepcopy(entry)] for key, entry in ENTRIES.items()}, packed=dict(PACKED))
         for step in path[:-1]:
             config = config[step]
         return config
 
-    optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers", "part", "parts", "outer"}
+    optional = {"pretrained_cfg", "temperature", "threshold", "packed", "tie", "multiple_of", "stream"}
+    optional |= {"fold", "chain", "readers", "part", "parts", "outer"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:
         fails(folder, CONFIG, f"'{re.escape(name_of(path))}' is missing")
@@ -176,6 +178,7 @@ def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
     [
         ("n", 0, "n=0 is not a number of members"),
         ("scale", 0.5, "scale=0.5 is not a finite number of at least 1"),
+        ("multiple_of", 0, "multiple_of=0 is not a positive integer"),
         ("seed", -1, "seed=-1 is not a non-negative integer"),
         ("heteroscedastic", True, "heteroscedastic=True needs"),
         ("unbatched", ["y"], r"cannot be applied to Small: unbatched=\('y',\) names"),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import masksurgery
 from masksurgery import ConfigError
-from masksurgery.model import ConvertedModel, whole_output
+from masksurgery.ensemble import whole_output
+from masksurgery.model import ConvertedModel
 from masksurgery.scores import Threshold
 from nets import NETS, randomise
 from oracles import FOUR, images, small

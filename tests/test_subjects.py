@@ -69,7 +69,7 @@ def test_a_converted_folder(tmp_path: Path) -> None:
         assert (subject.preprocessing.size, subject.preprocessing.channels) == ((48, 32), 3)
         x, p = predict(subject)
         assert torch.equal(p.logits, model(x)) and p.members.shape == (3, 3, 5)
-        assert subject.converted is not None and not subject.model.training
+        assert subject.ensemble is not None and not subject.model.training
     assert open_subject(folder, name="ours").name == "ours"
 
 
@@ -183,7 +183,7 @@ def test_a_model_is_not_changed() -> None:
     base = make_base().train()
     subject = open_subject(base)
     assert base.training and not subject.model.training and subject.name == "test_resnet"
-    assert subject.preprocessing.size == (160, 160) and subject.converted is None
+    assert subject.preprocessing.size == (160, 160) and subject.ensemble is None
     converted = masksurgery.convert(base, example_inputs=(torch.zeros(1, 3, 32, 32),))
     converted.output = "mean"
     other = open_subject(converted)
