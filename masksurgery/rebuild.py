@@ -60,6 +60,7 @@ def describe(model: ConvertedModel, aliases: Mapping[str, str], path: Path) -> t
         where=config.where,
         tie=config.tie,
         multiple_of=int(config.multiple_of),
+        heads=bool(config.heads),
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         inputs=Inputs(tuple(model.inputs["args"]), dict(model.inputs["kwargs"])),

@@ -150,6 +150,7 @@ class Record:
     threshold: Threshold | None = None
     tie: Tie | None = None
     multiple_of: int = 1
+    heads: bool = False
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""

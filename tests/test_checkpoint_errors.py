@@ -137,7 +137,7 @@ def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path
         return config
 
     optional = {"pretrained_cfg", "temperature", "threshold", "fold", "chain", "readers", "part", "parts", "outer"}
-    optional |= {"tie", "multiple_of", "stream"}
+    optional |= {"tie", "multiple_of", "heads", "stream"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:
         fails(folder, CONFIG, f"'{re.escape(name_of(path))}' is missing")
