@@ -180,7 +180,8 @@ def folded_bias(operation: Operation, member: Member, foldable: Tensor) -> Tenso
     if layer.pads or not value.any():  # with pads only zeros are folded
         return total
     inputs = torch.where(foldable, value.reshape(-1).expand(len(foldable)), 0.0).to(device)
-    sums = layer.weight().double().flatten(3).sum(3)
+    weight = layer.weight().double()
+    sums = weight.reshape(*weight.shape[:3], -1).sum(3)
     return total + (sums * inputs.reshape(layer.groups, 1, -1)).sum(2).reshape(-1)
 
 
@@ -221,7 +222,7 @@ def _applied(operation: Operation, member: Member, inputs: list[Known]) -> list[
     if is_product(operation, member.net):
         for known in aligned:
             zero = zero | known.zero
-    elif not operation.constants and _keeps_zero(operation, member.net):
+    elif not operation.constants and keeps_zero(operation, member.net):
         zero = torch.ones([1] * rank, dtype=torch.bool)
         for known in aligned:
             zero = zero & known.zero
@@ -244,7 +245,8 @@ def is_product(operation: Operation, net: Network) -> bool:
     return operation.module is None and name.strip("_") in ("mul", "multiply") and not operation.node.kwargs
 
 
-def _keeps_zero(operation: Operation, net: Network) -> bool:
+def keeps_zero(operation: Operation, net: Network) -> bool:
+    """It makes zeros of zeros."""
     value = _evaluate(operation, net, [torch.zeros(1, dtype=torch.float64)] * len(operation.inputs))
     return value is not None and not value.any()
 
@@ -488,9 +490,18 @@ def find_needed(member: Member) -> dict[Place, Tensor]:
             needed.update(((node, k), pattern) for k, pattern in enumerate(own))
         for place, pattern in zip(operation.inputs, needed_inputs(operation, member, own), strict=True):
             pattern = reduce_any(pattern, sample_shape(net, place))
+            if not pattern.any() and any(bool(x.any()) for x in own):
+                pattern = _first(torch.ones_like(pattern))  # a constant still needs the shape of what it is made of
             before = needed.get(place)
             needed[place] = pattern if before is None else compress(before | pattern)
     return needed
+
+
+def _first(pattern: Tensor) -> Tensor:
+    """The first entry of those in a pattern."""
+    one = torch.zeros(pattern.numel(), dtype=torch.bool)
+    one[pattern.reshape(-1).nonzero()[0]] = True
+    return one.reshape(pattern.shape)
 
 
 def _only_sized(member: Member, node: fx.Node) -> bool:
@@ -498,13 +509,19 @@ def _only_sized(member: Member, node: fx.Node) -> bool:
     return any(member.operations[user].family == "size" for user in node.users)
 
 
-def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> dict[Place, dict[int, Tensor]]:
+Keeps = dict[Place, Mapping[int, Tensor]]
+"""For each tensor the dimensions that are cut, and the indices that are kept there, in order."""
+
+
+def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> Keeps:
     """For each tensor the dimensions that are cut, and the indices that are kept there."""
-    keep: dict[Place, dict[int, Tensor]] = {}
+    keep: Keeps = {}
     for place, pattern in needed.items():
         if place[0] not in member.net.dependent:
             continue
         live = pattern & ~member.of(place).constant
+        if not live.any() and pattern.any():
+            live = _first(pattern)
         cut: dict[int, Tensor] = {}
         for d, size in enumerate(live.shape if _can_be_cut(member, place[0]) else ()):
             others = [other for other in range(live.dim()) if other != d]
