@@ -13,6 +13,7 @@ from masksurgery.finetune import finetune
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
 from masksurgery.masks import generate_masks
 from masksurgery.model import ConvertedModel
+from masksurgery.pack import PackedModel, pack
 from masksurgery.prediction import Prediction, RegressionPrediction
 from masksurgery.recalibrate import recalibrate
 from masksurgery.report import write_report
@@ -57,6 +58,7 @@ __all__ = [
     "Masksembles3D",
     "MasksurgeryError",
     "ModelEvaluation",
+    "PackedModel",
     "Prediction",
     "RegressionPrediction",
     "Site",
@@ -73,6 +75,7 @@ __all__ = [
     "finetune",
     "generate_masks",
     "load",
+    "pack",
     "recalibrate",
     "repeat_targets",
     "save",

@@ -22,11 +22,13 @@ from masksurgery.options import (
     Include,
     Model,
     ModelKwargs,
+    MultipleOf,
     N,
     NumClasses,
     OneLineErrors,
     Scale,
     Task,
+    Tie,
     TrainMode,
     Trust,
     Where,
@@ -104,6 +106,8 @@ def inspect(
     after: After = None,
     include: Include = None,
     exclude: Exclude = None,
+    tie: Tie = None,
+    multiple_of: MultipleOf = 1,
     task: Task = "classification",
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -111,7 +115,7 @@ def inspect(
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Show what would be masked, what not and why, and what it costs. Needs no weights and writes nothing."""
-    settings = check_settings(n, scale, where, after, include, exclude, task)
+    settings = check_settings(n, scale, where, after, include, exclude, task, tie=tie, multiple_of=multiple_of)
     kwargs = parse_object(model_kwargs)
     from masksurgery.macs import conversion_macs
     from masksurgery.tables import inspection, out, step
@@ -139,6 +143,8 @@ def convert(
     after: After = None,
     include: Include = None,
     exclude: Exclude = None,
+    tie: Tie = None,
+    multiple_of: MultipleOf = 1,
     task: Task = "classification",
     train_mode: TrainMode = "split",
     no_rescale: Annotated[bool, typer.Option("--no-rescale", help="Do not divide by the kept share.")] = False,
@@ -156,7 +162,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Convert a model into an ensemble, and save it in a folder."""
-    more = {"train_mode": train_mode, "rescale": not no_rescale, "seed": seed}
+    more = {"tie": tie, "multiple_of": multiple_of}
+    more |= {"train_mode": train_mode, "rescale": not no_rescale, "seed": seed}
     settings = check_settings(n, scale, where, after, include, exclude, task, **more)
     kwargs = parse_object(model_kwargs)
     check_output(output, force)

@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 
 from masksurgery.candidates import resolve_types
 from masksurgery.copying import copy_module
+from masksurgery.drawing import draw_masks
 from masksurgery.ensemble import Ensemble
 from masksurgery.example import Example
 from masksurgery.inputs import bind_inputs, describe_inputs, placeholder_values
 from masksurgery.kinds import compiled_module
 from masksurgery.layers import Members, _Masksembles, mask_type
 from masksurgery.layout import Facts
-from masksurgery.masks import generate_masks, site_seed
 from masksurgery.model import ConvertedModel
 from masksurgery.opaque import Follow
 from masksurgery.part import replace_by_part
@@ -37,6 +37,7 @@ from masksurgery.types import (
     Skipped,
     Surgery,
     Task,
+    Tie,
     TraceError,
     TrainMode,
     Where,
@@ -60,7 +61,7 @@ def convert(
     class_dim: int = 1,
     train_mode: TrainMode = "split",
     rescale: bool = True,
-    tie: str | None = None,
+    tie: Tie | None = None,
     multiple_of: int = 1,
     seed: int = 0,
     heteroscedastic: bool = False,
@@ -82,8 +83,8 @@ def convert(
         class_dim: Where the classes are in the model's output.
         train_mode: "split" sends each sample of a batch through one member, "repeat" through all.
         rescale: Divide the kept channels by the kept share, as dropout does.
-        tie: Not yet available.
-        multiple_of: Not yet available.
+        tie: "stream": the sites whose outputs are added into one residual stream share their masks.
+        multiple_of: Every mask keeps a multiple of so many channels, where that leaves any out.
         seed: For the masks; every site has a stream of its own.
         heteroscedastic: With `task="regression"`: the model returns a mean and a log-variance.
         example_inputs: One forward's args (a tuple) or kwargs (a dict); by default an image as
@@ -99,18 +100,14 @@ def convert(
     Source:
         Durasov et al. 2021, arXiv:2012.08334.
     """
-    if tie is not None or multiple_of != 1:
-        raise ConfigError(f"tie={tie!r}, multiple_of={multiple_of!r}: not yet available. Pass tie=None, multiple_of=1.")
     config = ConvertConfig(
         n, scale, resolve_types(after, model), where, None if include is None else _several(include), _several(exclude),
-        task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched),
+        task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched), tie,
+        multiple_of,
     )  # fmt: skip
     draft = Draft.of(model, config, example_inputs)
     selection = find_sites(draft.region, config)
-    masks = {
-        site.mask: generate_masks(site.channels, n, scale, seed=site_seed(seed, site.layer, site.call))
-        for site in selection.sites
-    }
+    masks = draw_masks(selection.sites, config)
     sites = [replace(site, ones=int(masks[site.mask][0].sum())) for site in selection.sites]
     converted = build(draft, sites, masks, selection.skipped)
     if FINE_TUNE in converted.surgery.notes:

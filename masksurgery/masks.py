@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from masksurgery.types import MaskError, check_masks_arguments
+from masksurgery.types import MaskError, check_masks_arguments, check_multiple
 
 Seed = int | Sequence[int] | np.random.SeedSequence | np.random.Generator | None
 
@@ -40,22 +40,17 @@ def generate_masks(channels: int, n: int, scale: float, *, seed: Seed = None, mu
         n: Number of masks.
         scale: At least 1, where all masks are full; the larger, the less two masks overlap.
         seed: What `numpy.random.default_rng` takes; None draws fresh entropy. The global state is never touched.
-        multiple_of: Only 1 so far.
+        multiple_of: The number of ones is rounded up to a multiple of it; see `kept_channels`.
     Shape:
         Result (n, c).
     Returns:
-        Boolean; row i is member i's mask and has exactly `kept_channels(channels, n, scale)` ones.
+        Boolean; row i is member i's mask and has exactly `kept_channels(channels, n, scale, multiple_of)` ones.
     Raises:
         MaskError: An argument has a value that it cannot have.
     Source:
         Durasov et al. 2021, arXiv:2012.08334, section 3.
     """
-    if isinstance(multiple_of, bool) or multiple_of != 1:
-        raise MaskError(
-            f"generate_masks: multiple_of={multiple_of!r} is not available yet; kept counts are not rounded. "
-            "Pass multiple_of=1."
-        )
-    ones = kept_channels(channels, n, scale)
+    ones = kept_channels(channels, n, scale, multiple_of)
     channels, n, rng = int(channels), int(n), _generator(seed)  # numpy's small integers overflow
     if ones == channels:
         return np.ones((n, channels), dtype=bool)
@@ -67,17 +62,22 @@ def generate_masks(channels: int, n: int, scale: float, *, seed: Seed = None, mu
     return _fill(channels, ones, fresh, rng)
 
 
-def kept_channels(channels: int, n: int, scale: float) -> int:
+def kept_channels(channels: int, n: int, scale: float, multiple_of: int = 1) -> int:
     """Number of ones m in each of n masks: what makes c the expected size of their union, if that is enough to cover.
 
     m = max(floor(c / (scale (1 - (1 - 1/scale)^n))), ceil(c / n), 1), at most c.
 
+    Then it is rounded up to a multiple, so that no member is smaller than `scale` asks for. Rounding never fills a
+    mask, which would make the members equal: where the next multiple is c or more, the largest one below c is taken,
+    and where there is none (c at most `multiple_of`), m stays as it is. Masks that are full anyway stay full.
+
     Raises:
-        MaskError: channels or n is not a positive integer, or scale is not a finite number of at least 1.
+        MaskError: channels, n or multiple_of is not a positive integer, or scale is not a finite number of at least 1.
     Source:
         Durasov et al. 2021, arXiv:2012.08334, section 3.
     """
     check_masks_arguments(n, scale)
+    check_multiple(multiple_of)
     if isinstance(channels, bool) or not isinstance(channels, (int, np.integer)) or channels < 1:
         raise MaskError(f"channels={channels!r} is not a number of channels. Pass an integer of at least 1.")
     channels, n = int(channels), int(n)
@@ -86,7 +86,16 @@ def kept_channels(channels: int, n: int, scale: float) -> int:
     scale = float(min(scale, 10**300) if isinstance(scale, int) else scale)  # 10**400 is no float
     growth = -scale * math.expm1(n * math.log1p(-1 / scale))  # c / m; the plain formula cancels at a large scale
     quotient = channels / growth * (1 + 1e-12)  # a whole number must not be floored to the one below
-    return min(channels, max(math.floor(quotient), -(-channels // n), 1))
+    return _rounded(min(channels, max(math.floor(quotient), -(-channels // n), 1)), channels, int(multiple_of))
+
+
+def _rounded(ones: int, channels: int, multiple: int) -> int:
+    """A multiple between `ones` and `channels`, if it can be. The largest one below c is at least c/2, so that the
+    masks still cover: there are two of them or more."""
+    largest = (channels - 1) // multiple * multiple
+    if ones == channels or not largest:
+        return ones
+    return min(-(-ones // multiple) * multiple, largest)
 
 
 def site_seed(seed: int, layer: str, call: int) -> int:

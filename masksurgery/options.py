@@ -39,6 +39,14 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", metavar="GLOB", help="No layer of this name. May be repeated.")
 ]
 Task = Annotated[str, typer.Option("--task", metavar="TASK", help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}.")]
+Tie = Annotated[
+    str | None,
+    typer.Option("--tie", metavar="stream", help="What is added into one residual stream shares its masks."),
+]
+MultipleOf = Annotated[
+    int,
+    typer.Option("--multiple-of", metavar="K", help="Every mask keeps a multiple of so many channels, such as 8."),
+]
 TrainMode = Annotated[
     str,
     typer.Option(

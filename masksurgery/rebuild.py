@@ -60,6 +60,8 @@ def describe(model: Ensemble, aliases: Mapping[str, str], path: Path, packed: Pa
         unbatched=config.unbatched,
         after=None if config.after is None else tuple(map(class_name, config.after)),
         where=config.where,
+        tie=config.tie,
+        multiple_of=int(config.multiple_of),
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         inputs=Inputs(tuple(model.inputs["args"]), dict(model.inputs["kwargs"])),

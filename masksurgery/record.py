@@ -17,7 +17,17 @@ from masksurgery.axes import Axis, Dims
 from masksurgery.example import Example
 from masksurgery.inputs import bind, describe, describe_inputs, make_inputs, placeholder_values
 from masksurgery.scores import Threshold
-from masksurgery.types import CheckpointError, ConvertConfig, MasksurgeryError, Site, Skipped, Task, TrainMode, Where
+from masksurgery.types import (
+    CheckpointError,
+    ConvertConfig,
+    MasksurgeryError,
+    Site,
+    Skipped,
+    Task,
+    Tie,
+    TrainMode,
+    Where,
+)
 
 FORMAT_VERSION = 1
 
@@ -148,6 +158,8 @@ class Record:
     temperature: float | None = None
     threshold: Threshold | None = None
     packed: Packing | None = None
+    tie: Tie | None = None
+    multiple_of: int = 1
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""

@@ -16,6 +16,7 @@ from masksurgery.flow import Flow
 from masksurgery.kinds import is_layer, rank_of
 from masksurgery.layout import layout_of
 from masksurgery.regions import Region
+from masksurgery.ties import tie_streams
 from masksurgery.tracing import Traces
 from masksurgery.types import ConvertConfig, Layout, Site, SiteError, Skipped
 
@@ -48,7 +49,8 @@ def find_sites(region: Region, config: ConvertConfig) -> Selection:
         raise SiteError(
             f"No layer can be masked. {reasons}. A layer that include=[...] names in full is masked all the same."
         )
-    return Selection(tuple(_named(region, sites)), tuple(skipped))
+    named = list(_named(region, sites))
+    return Selection(tuple(tie_streams(region, named) if config.tie else named), tuple(skipped))
 
 
 def _named(region: Region, sites: Sequence[Site]) -> Iterator[Site]:

@@ -92,6 +92,7 @@ def inspection(name: str, surgery: Surgery, macs: Macs) -> RenderableType:
 def site_table(sites: Sequence[Site]) -> Table:
     """A line for each site; the other layers that a mask serves stand below its own."""
     folded = any(site.fold > 1 for site in sites)
+    layers = {site.mask: site.layer for site in sites}
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="underline")
     table.add_column("layer", overflow="fold")
     table.add_column("masked node", overflow="fold")
@@ -101,6 +102,8 @@ def site_table(sites: Sequence[Site]) -> Table:
         layer = Text(site.layer + (f" (call {site.call + 1})" if site.call else ""), style="cyan")
         for other in site.chain:
             layer.append(f"\n  and {other}", style="dim")
+        if site.stream not in ("", site.mask):
+            layer.append(f"\n  masks of {layers[site.stream]}", style="dim")
         fold = (str(site.fold) if site.fold > 1 else "",) if folded else ()
         table.add_row(layer, Text(site.node), str(site.channels), str(site.ones), *fold)
     return table

@@ -12,6 +12,7 @@ import numpy as np
 Task = Literal["classification", "multilabel", "regression", "probabilities"]
 TrainMode = Literal["split", "repeat"]
 Where = Literal["all", "head"]
+Tie = Literal["stream"]
 Selector: TypeAlias = "str | Callable[[str, Any], bool]"
 
 TASKS: tuple[Task, ...] = ("classification", "multilabel", "regression", "probabilities")
@@ -94,6 +95,7 @@ class Site:
         outer: How many times the whole batch stands in the batch dimension.
         chain: Further candidate layers that the same mask serves (depthwise convolutions).
         readers: Nodes that read the masked tensor; empty for all of them.
+        stream: Name of the first mask of the residual stream that shares its masks; empty if they are the site's own.
         part: Name of the module whose own graph holds the node, inside of one that cannot be traced; else empty.
     """
 
@@ -110,6 +112,7 @@ class Site:
     readers: tuple[str, ...] = ()
     part: str = ""
     outer: int = 1
+    stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,17 @@ class ConvertConfig:
     seed: int = 0
     heteroscedastic: bool = False
     unbatched: tuple[str, ...] = ()
+    tie: Tie | None = None
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         check_masks_arguments(self.n, self.scale)
+        check_multiple(self.multiple_of)
         check_choice("where", self.where, WHERE)
         check_choice("task", self.task, TASKS)
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
+        if self.tie not in (None, "stream"):
+            raise ConfigError(f'tie={self.tie!r} is not "stream", for masks that a residual stream shares, nor None.')
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a non-negative integer.")
         if self.heteroscedastic and self.task != "regression":
@@ -194,6 +202,15 @@ def check_masks_arguments(n: Any, scale: Any) -> None:
     if not 1 <= scale < float("inf"):  # false for nan
         raise MaskError(
             f"scale={scale!r} is not a finite number of at least 1, where all masks are equal. Try scale=2.0."
+        )
+
+
+def check_multiple(multiple_of: Any) -> None:
+    """Raise a MaskError unless it is a positive integer."""
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, (int, np.integer)) or multiple_of < 1:
+        raise MaskError(
+            f"multiple_of={multiple_of!r} is not a positive integer. Pass what kept channels are to be a multiple of, "
+            f"such as multiple_of=8, or 1 for any number of them."
         )
 
 

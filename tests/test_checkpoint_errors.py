@@ -137,7 +137,7 @@ def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path
             config = config[step]
         return config
 
-    optional = {"pretrained_cfg", "temperature", "threshold", "packed"}
+    optional = {"pretrained_cfg", "temperature", "threshold", "packed", "tie", "multiple_of", "stream"}
     optional |= {"fold", "chain", "readers", "part", "parts", "outer"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:
@@ -178,6 +178,7 @@ def test_a_config_that_is_none(text: str, message: str, folder: Path) -> None:
     [
         ("n", 0, "n=0 is not a number of members"),
         ("scale", 0.5, "scale=0.5 is not a finite number of at least 1"),
+        ("multiple_of", 0, "multiple_of=0 is not a positive integer"),
         ("seed", -1, "seed=-1 is not a non-negative integer"),
         ("heteroscedastic", True, "heteroscedastic=True needs"),
         ("unbatched", ["y"], r"cannot be applied to Small: unbatched=\('y',\) names"),

@@ -212,7 +212,7 @@ def test_convert_passes_every_option_on(run: Callable[..., Result], tmp_path: Pa
     options = (
         "--n", 3, "--scale", 1.7, "--after", "Conv2d", "--include", "layer2.*", "--exclude", "*.conv1", "--seed", 5,
         "--task", "regression", "--train-mode", "repeat", "--no-rescale", "--num-classes", 2, "--in-chans", 1,
-        "--model-kwargs", '{"drop_rate": 0.25}',
+        "--model-kwargs", '{"drop_rate": 0.25}', "--multiple-of", 16, "--tie", "stream",
     )  # fmt: skip
     result = run("convert", *SMALL, "-o", tmp_path / "m", *options)
     assert (result.status, result.err) == (0, "")
@@ -223,8 +223,11 @@ def test_convert_passes_every_option_on(run: Callable[..., Result], tmp_path: Pa
     assert model.recipe["kwargs"] == {"num_classes": 2, "in_chans": 1, "drop_rate": 0.25}
     base = timm.create_model("test_resnet", num_classes=2, in_chans=1)
     twin = masksurgery.convert(
-        base, 3, 1.7, after="Conv2d", include="layer2.*", exclude="*.conv1", seed=5, task="regression"
-    )
+        base, 3, 1.7, after="Conv2d", include="layer2.*", exclude="*.conv1", seed=5, task="regression", multiple_of=16,
+        tie="stream",
+    )  # fmt: skip
+    assert (config.multiple_of, config.tie) == (16, "stream") and surgery.sites[0].stream
+    assert {site.ones % 16 for site in surgery.sites} == {0}
     assert surgery.sites == twin.surgery.sites and len(surgery.sites) > 0
     assert all(np.array_equal(surgery.masks[site.mask], twin.surgery.masks[site.mask]) for site in surgery.sites)
 
@@ -341,6 +344,8 @@ def test_a_checkpoint_for_other_classes_and_pixels(run: Callable[..., Result], t
         ("test_resnet --n four", "Invalid value for '--n'"),
         ("test_resnet --scale 0.9", "scale=0.9 is not a finite number of at least 1"),
         ("test_resnet --scale nan", "scale=nan is not a finite number of at least 1"),
+        ("test_resnet --tie block", "tie='block' is not \"stream\""),
+        ("test_resnet --multiple-of 0", "multiple_of=0 is not a positive integer"),
         ("test_resnet --where body", "where='body' is not one of 'all', 'head'"),
         ("test_resnet --task sorting", "task='sorting' is not one of 'classification'"),
         ("test_resnet --train-mode all", "train_mode='all' is not one of 'split', 'repeat'"),

@@ -18,9 +18,9 @@ from masksurgery.types import MaskError
 SCALES = (1, 1.0001, 1.3, 2, 2.5, 3, 4, 5, 6.5, 7, 8, 9, 10, 1e6, 1e18)
 
 
-def check_masks(masks: np.ndarray, channels: int, n: int, scale: float) -> None:
+def check_masks(masks: np.ndarray, channels: int, n: int, scale: float, multiple_of: int = 1) -> None:
     assert masks.shape == (n, channels) and masks.dtype == np.bool_
-    assert set(masks.sum(axis=1).tolist()) == {kept_channels(channels, n, scale)}
+    assert set(masks.sum(axis=1).tolist()) == {kept_channels(channels, n, scale, multiple_of)}
     assert masks.any(axis=0).all()
 
 
@@ -56,7 +56,66 @@ def test_kept_channels_never_exceeds_channels_and_can_cover() -> None:
         assert 1 <= ones <= channels <= n * ones
 
 
+@pytest.mark.parametrize(
+    ("channels", "multiple_of", "ones"),
+    [
+        (64, 1, 34),  # 64 / 1.875 = 34.1
+        (64, 8, 40),  # up, although 32 is nearer: never fewer than the scale asks for
+        (256, 8, 136),  # a multiple already
+        (2048, 16, 1104),
+        (2048, np.int64(16), 1104),
+        (24, 16, 16),
+        (20, 16, 16),
+        (16, 16, 8),  # 16 would be full masks, and there is no multiple below
+        (17, 16, 16),
+        (10, 16, 5),
+        (1, 8, 1),
+    ],
+)
+def test_kept_channels_are_rounded_up_and_never_all(channels: int, multiple_of: int, ones: int) -> None:
+    assert kept_channels(channels, 4, 2.0, multiple_of) == ones
+
+
+def test_where_the_next_multiple_is_full_the_largest_below_is_taken() -> None:
+    assert kept_channels(64, 4, 1.05) == 60  # of which 64 is the next multiple of 8
+    assert kept_channels(64, 4, 1.05, 8) == 56
+    assert kept_channels(64, 4, 1.0, 8) == kept_channels(64, 1, 2.0, 8) == 64  # full without rounding
+    assert kept_channels(60, 4, 1.0, 8) == 60
+
+
 # Every mask, for every argument.
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(
+    channels=st.integers(1, 300),
+    n=st.integers(1, 40),
+    scale=st.floats(1, 12) | st.sampled_from(SCALES),
+    multiple_of=st.integers(1, 64),
+    seed=st.integers(0, 2**64),
+)
+def test_rounded_masks_have_equal_ones_and_cover(
+    channels: int, n: int, scale: float, multiple_of: int, seed: int
+) -> None:
+    check_masks(generate_masks(channels, n, scale, seed=seed, multiple_of=multiple_of), channels, n, scale, multiple_of)
+    plain, ones = kept_channels(channels, n, scale), kept_channels(channels, n, scale, multiple_of)
+    assert 1 <= ones <= channels <= n * ones
+    assert (ones == channels) == (plain == channels)  # rounding does not make members equal, nor unequal
+    if plain < channels and multiple_of < channels:
+        assert ones % multiple_of == 0 and ones < plain + multiple_of
+        assert ones >= plain or ones + multiple_of >= channels
+    else:
+        assert ones == plain
+
+
+def test_without_rounding_masks_are_what_they_were() -> None:
+    for channels, n, scale in ((64, 4, 2.0), (10, 3, 1.5), (100_001, 2, 1e6)):
+        plain = generate_masks(channels, n, scale, seed=3)
+        np.testing.assert_array_equal(plain, generate_masks(channels, n, scale, seed=3, multiple_of=1))
+    multiple = kept_channels(64, 4, 2.0)  # nothing to round: the same law, drawn in the same way
+    np.testing.assert_array_equal(
+        generate_masks(64, 4, 2.0, seed=3), generate_masks(64, 4, 2.0, seed=3, multiple_of=multiple)
+    )
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
@@ -122,21 +181,24 @@ def counts_by(keys: list[bytes], draw: Callable[[], np.ndarray], draws: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("channels", "n", "scale", "ones", "size"),
+    ("channels", "n", "scale", "multiple_of", "ones", "size"),
     [
-        (5, 3, 1.2, 4, 120),  # 5^3 choices without the 5 that leave out one channel in all three masks
-        (5, 3, 2.0, 2, 180),  # 5 shared channels, 3 pairs of masks that share it, 4 * 3 ways to fill these two
-        (6, 3, 1e6, 2, 90),  # tight: the 6! / 2^3 partitions
-        (5, 3, 1.7, 3, 690),  # 10^3 - 5 * 4^3 + 10 * 1^3, by inclusion and exclusion of the channels left out
-        (4, 4, 2.0, 2, 978),  # 6^4 - 4 * 3^4 + 6 * 1^4
+        (5, 3, 1.2, 1, 4, 120),  # 5^3 choices without the 5 that leave out one channel in all three masks
+        (5, 3, 2.0, 1, 2, 180),  # 5 shared channels, 3 pairs of masks that share it, 4 * 3 ways to fill these two
+        (6, 3, 1e6, 1, 2, 90),  # tight: the 6! / 2^3 partitions
+        (5, 3, 1.7, 1, 3, 690),  # 10^3 - 5 * 4^3 + 10 * 1^3, by inclusion and exclusion of the channels left out
+        (5, 3, 2.0, 3, 3, 690),  # the same, rounded up from 2
+        (4, 4, 2.0, 1, 2, 978),  # 6^4 - 4 * 3^4 + 6 * 1^4
     ],
 )
-def test_law_is_uniform_over_coverings(channels: int, n: int, scale: float, ones: int, size: int) -> None:
-    assert kept_channels(channels, n, scale) == ones
+def test_law_is_uniform_over_coverings(
+    channels: int, n: int, scale: float, multiple_of: int, ones: int, size: int
+) -> None:
+    assert kept_channels(channels, n, scale, multiple_of) == ones
     keys, rng = coverings(channels, n, ones), np.random.default_rng(1)
     assert len(keys) == size
     draws = 12 * size
-    counts = counts_by(keys, lambda: generate_masks(channels, n, scale, seed=rng), draws)
+    counts = counts_by(keys, lambda: generate_masks(channels, n, scale, seed=rng, multiple_of=multiple_of), draws)
     expected = draws / size
     assert ((counts - expected) ** 2 / expected).sum() < chi_square_limit(size - 1)
 
@@ -256,7 +318,7 @@ def test_seed_must_be_what_numpy_takes(seed: object) -> None:
         generate_masks(64, 4, 2.0, seed=seed)
 
 
-@pytest.mark.parametrize("multiple_of", [0, 8, 1.5, True, None])
-def test_multiple_of_is_not_available_yet(multiple_of: object) -> None:
-    with pytest.raises(MaskError, match=r"multiple_of=.* is not available yet.* Pass multiple_of=1"):
+@pytest.mark.parametrize("multiple_of", [0, -8, 1.5, 8.0, True, None, "8"])
+def test_multiple_of_must_be_a_positive_integer(multiple_of: object) -> None:
+    with pytest.raises(MaskError, match=r"multiple_of=.* is not a positive integer\. Pass .* such as multiple_of=8"):
         generate_masks(64, 4, 2.0, multiple_of=multiple_of)

@@ -16,9 +16,9 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores"),
+    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores", "drawing"),
     ("tracker", "layout", "branches", "tracing"),
-    ("regions", "flow", "candidates", "sites", "rewrite"),
+    ("regions", "flow", "ties", "candidates", "sites", "rewrite"),
     ("graphs", "ensemble", "part", "model", "macs", "convert", "input_repeat"),
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),
     ("rebuild",),

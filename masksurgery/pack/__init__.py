@@ -1,5 +1,7 @@
 """Packing: the members of a converted model as the small networks that they are."""
 
-from masksurgery.pack.packed import Barrier, PackedModel
+from masksurgery.pack.building import pack
+from masksurgery.pack.packed import PackedModel
+from masksurgery.pack.slicing import Barrier
 
-__all__ = ["Barrier", "PackedModel"]
+__all__ = ["Barrier", "PackedModel", "pack"]

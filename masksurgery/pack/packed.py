@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, fx, nn
@@ -12,23 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.model import ConvertedModel
+from masksurgery.pack.slicing import Barrier
 from masksurgery.rebuild import find_recipe
 from masksurgery.types import ConfigError, Surgery
 
 Self = TypeVar("Self", bound="PackedModel")
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """A node that takes all channels, so that those which are zero for a member are put back in front of it.
-
-    Attributes:
-        node: Its name in the graph of the converted model.
-        reason: Why it takes no subset of them.
-    """
-
-    node: str
-    reason: str
 
 
 class PackedModel(Ensemble):

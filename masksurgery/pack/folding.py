@@ -1,0 +1,325 @@
+"""What can be computed once: BatchNorm, per-channel scales and the rescaling of masks go into the weights of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from masksurgery.kinds import channel_dim_of, is_layer
+from masksurgery.pack.network import Network, masked
+
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
+)  # fmt: skip
+NAMED_LAYERS = ("Conv2dSame", "Linear")  # of timm: a convolution that pads by itself, a Linear that minds autocast
+NAMED_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d", "FrozenBatchNorm2d")
+HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d)
+LINEAR = (
+    nn.Identity, nn.Flatten, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+HOMOGENEOUS_CALLS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "avg_pool2d", "amax"}
+
+
+@dataclass
+class Affine:
+    """x * scale + shift along one dimension; a float scales all alike."""
+
+    scale: Tensor | float
+    shift: Tensor | None = None
+    dim: int = 0
+
+
+@dataclass
+class Layer:
+    """A convolution or Linear with what is folded into it, in float64.
+
+    Attributes:
+        module: With its own weights.
+        dim: Where the channels are in its input and its output.
+        scale: Of its outputs [out].
+        shift: Added to its outputs after that [out].
+        input_scale: Of its inputs [in].
+    """
+
+    module: nn.Module
+    dim: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    input_scale: float = 1.0
+
+    @property
+    def groups(self) -> int:
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, nn.modules.conv._ConvTransposeNd)
+
+    @property
+    def pads(self) -> bool:
+        """Zeros stand among its inputs, or its outputs differ at the edges."""
+        module = self.module
+        if isinstance(module, nn.Linear):
+            return False
+        if self.transposed:
+            return True
+        zeros = type(module).__name__ in NAMED_LAYERS or module.padding_mode == "zeros"
+        none = module.padding == "valid" or module.padding in ((0,), (0, 0), (0, 0, 0))
+        alone = set(module.kernel_size) == {1}  # type: ignore[arg-type]
+        return zeros and not (alone if type(module).__name__ in NAMED_LAYERS else none)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.module.bias is not None or self.shift is not None
+
+    def weight(self, groups: Tensor | None = None, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Weights [groups, out / groups, in / groups, ...] with all that is folded in.
+
+        Args:
+            groups: Some of the groups, with `rows` and `columns` of each: indices [groups, ...] within the group.
+        Returns:
+            In float64 if anything is folded in, which is then to be rounded once.
+        """
+        weight: Tensor = self.module.weight.detach()  # type: ignore[assignment]
+        weight = weight.reshape(self.groups, -1, *weight.shape[1:])
+        weight = weight.transpose(1, 2) if self.transposed else weight
+        scale = None if self.scale is None else self.scale.reshape(self.groups, -1)
+        if groups is not None and rows is not None and columns is not None:
+            at = groups[:, None].to(weight.device)
+            rows, columns = rows.to(weight.device), columns.to(weight.device)
+            weight = weight[at[..., None], rows[:, :, None], columns[:, None, :]]
+            scale = None if scale is None else scale[at, rows]
+        if self.input_scale != 1:
+            weight = weight.double() * self.input_scale
+        if scale is not None:
+            weight = weight.double() * scale.reshape(*scale.shape, *[1] * (weight.dim() - 2))
+        return weight
+
+    def bias(self) -> Tensor | None:
+        """[out], with all that is folded in."""
+        bias = None if self.module.bias is None else self.module.bias.detach().double()  # type: ignore[operator]
+        if bias is not None and self.scale is not None:
+            bias = bias * self.scale
+        if self.shift is not None:
+            bias = self.shift if bias is None else bias + self.shift
+        return bias
+
+    def follow(self, affine: Affine) -> None:
+        """Fold in what is done to the outputs."""
+        size = self.channels
+        scale = torch.as_tensor(affine.scale, dtype=torch.float64, device=self.module.weight.device)  # type: ignore[arg-type]
+        scale = scale.expand(size)
+        self.scale = scale if self.scale is None else self.scale * scale
+        self.shift = None if self.shift is None else self.shift * scale
+        if affine.shift is not None:
+            shift = affine.shift.expand(size)
+            self.shift = shift if self.shift is None else self.shift + shift
+
+    @property
+    def channels(self) -> int:
+        module = self.module
+        return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
+
+
+@dataclass
+class Folding:
+    """What becomes of the nodes of a network.
+
+    Attributes:
+        layers: With weights that can be cut.
+        affines: What is left of BatchNorms and scales, to be computed.
+        rest: What a node still computes: a module, or None for nothing.
+        rescale: What is left of a mask's rescaling.
+    """
+
+    layers: dict[fx.Node, Layer] = field(default_factory=dict)
+    affines: dict[fx.Node, Affine] = field(default_factory=dict)
+    rest: dict[fx.Node, nn.Module | None] = field(default_factory=dict)
+    rescale: dict[fx.Node, float] = field(default_factory=dict)
+
+
+def fold(net: Network) -> Folding:
+    """Decide what goes into which weights; nothing is changed."""
+    folding = Folding()
+    for node in net.graph.nodes:
+        module = net.module(node)
+        if module is not None and is_plain_layer(module) and len(net.tensors(node)) == 1:
+            rank = net.tensors(node)[0].dim()
+            folding.layers[node] = Layer(module, rank + (channel_dim_of(net.root, node) or -1))
+        elif _computes_nothing(net, node):
+            folding.rest[node] = None
+    for node in net.graph.nodes:
+        affine, rest = _as_affine(net, node)
+        if affine is None:
+            continue
+        folding.affines[node], folding.rest[node] = affine, rest
+        if _fold_back(net, folding, node, affine):
+            del folding.affines[node]
+    for node in net.graph.nodes:
+        if node.target is masked:
+            mask = net.masks[str(node.args[1])]
+            scale = mask.channels / mask.kept if mask.rescale else 1.0
+            if scale == 1 or _fold_back(net, folding, node, Affine(scale)) or _fold_on(net, folding, node, scale):
+                scale = 1.0
+            folding.rescale[node] = scale
+    return folding
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """A convolution or Linear that computes with its `weight` and `bias` as they are."""
+    named = type(module).__name__ in NAMED_LAYERS and type(module).__module__.startswith("timm.layers")
+    known = type(module) in LAYERS or (named and is_layer(module))
+    return known and not (is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _computes_nothing(net: Network, node: fx.Node) -> bool:
+    """Identity, or dropout in eval."""
+    fact = net.facts[node]
+    inputs = net.data_inputs(node)
+    if node.op not in ("call_module", "call_function") or fact.kinds or fact.unknown or len(inputs) != 1:
+        return False
+    if len(net.tensors(node)) != 1 or not isinstance(fact.value, Tensor) or node in net.opaque:
+        return False
+    named = "dropout" in str(node.target).lower() or node.op == "call_module"
+    source = net.facts[inputs[0]].value
+    return (
+        named and isinstance(source, Tensor) and source.shape == fact.value.shape and source.dtype == fact.value.dtype
+    )
+
+
+def _as_affine(net: Network, node: fx.Node) -> tuple[Affine | None, nn.Module | None]:
+    """A BatchNorm, or a multiplication by one number a channel; and what is computed after it."""
+    module = net.module(node)
+    if module is not None:
+        return _batch_norm(module)
+    if node.target in (torch.mul, "mul") or getattr(node.target, "__name__", "") == "mul":
+        inputs = [n for n in node.all_input_nodes if net.facts[n].has_tensor]
+        constants = [n for n in inputs if net.constant(n) is not None]
+        if len(inputs) == 2 and len(constants) == 1 and not node.kwargs:
+            return _scale(net, node, constants[0]), None
+    return None, None
+
+
+def _scale(net: Network, node: fx.Node, constant: fx.Node) -> Affine | None:
+    value = net.constant(constant)
+    rank = net.tensors(node)[0].dim()
+    if value is None or not value.is_floating_point() or value.dim() > rank or _source(net, node) is None:
+        return None
+    if _shape(net, _source(net, node)) != _shape(net, node):
+        return None
+    wide = [d + rank - value.dim() for d, size in enumerate(value.shape) if size > 1]
+    if len(wide) > 1 or 0 in wide:
+        return None
+    return Affine(value.detach().double().reshape(-1), None, wide[0] if wide else rank - 1)
+
+
+def _shape(net: Network, node: fx.Node | None) -> tuple[int, ...]:
+    return tuple(net.tensors(node)[0].shape) if node is not None else ()
+
+
+def _source(net: Network, node: fx.Node) -> fx.Node | None:
+    inputs = net.data_inputs(node)
+    return inputs[0] if len(inputs) == 1 and isinstance(net.facts[inputs[0]].value, Tensor) else None
+
+
+def _batch_norm(module: nn.Module) -> tuple[Affine | None, nn.Module | None]:
+    name = type(module).__name__
+    known = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm) or name in NAMED_NORMS
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if not known or mean is None or variance is None or module._forward_hooks or module._forward_pre_hooks:
+        return None, None
+    scale = (variance.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()  # type: ignore[operator]
+    shift = -mean.double() * scale
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double()  # type: ignore[operator]
+    after = [getattr(module, part, None) for part in ("drop", "act")]
+    rest = [m for m in after if isinstance(m, nn.Module) and not isinstance(m, (nn.Identity, nn.Dropout))]
+    return Affine(scale, shift, 1), nn.Sequential(*rest) if len(rest) > 1 else (rest[0] if rest else None)
+
+
+def _fold_back(net: Network, folding: Folding, node: fx.Node, affine: Affine) -> bool:
+    """Fold what a node does to its input into the layer before it, if nothing else reads what is between them."""
+    dim: int | None = affine.dim
+    while True:
+        source = _source(net, node)
+        if source is None or len(net.readers(source)) != 1 or source in folding.affines:
+            return False
+        if not isinstance(affine.scale, float):
+            dim = _same_dim(net, node, source, dim)
+        if dim is None:
+            return False
+        if source in folding.layers:
+            layer = folding.layers[source]
+            if isinstance(affine.scale, float) or dim == layer.dim:
+                layer.follow(affine)
+                return True
+            return False
+        if not _commutes(net, folding, source, affine):
+            return False
+        node = source
+
+
+def _same_dim(net: Network, node: fx.Node, source: fx.Node, dim: int | None) -> int | None:
+    """The dimension of a node's input that is one of its output, index by index."""
+    if dim is None:
+        return None
+    out = net.facts[node].dims[0]
+    if len(out[dim]) != 1:
+        return None
+    found = [d for d, axes in enumerate(net.facts[source].dims[0]) if len(axes) == 1 and axes[0] in out[dim][0].parents]
+    return found[0] if len(found) == 1 else None
+
+
+def _commutes(net: Network, folding: Folding, node: fx.Node, affine: Affine) -> bool:
+    """A node computes the same of a scaled input as if its output is scaled."""
+    if node in folding.rest and folding.rest[node] is None:
+        return True
+    module = folding.rest.get(node) or net.module(node)
+    positive = isinstance(affine.scale, float) and affine.scale > 0
+    if module is not None:
+        if affine.shift is not None or not (positive or isinstance(module, LINEAR)):
+            return False
+        return type(module) in (*HOMOGENEOUS, *LINEAR)
+    if set(net.facts[node].kinds) <= {"move"} and node.target is not masked and len(net.tensors(node)) == 1:
+        same = net.tensors(node)[0].numel() == net.tensors(net.data_inputs(node)[0])[0].numel()
+        return same and len(net.data_inputs(node)) == 1
+    return positive and _name(node) in HOMOGENEOUS_CALLS
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _fold_on(net: Network, folding: Folding, node: fx.Node, scale: float) -> bool:
+    """Fold a scale into all layers that read what it scales."""
+    layers: list[Layer] = []
+    carried, stack = {node}, [node]
+    while stack:
+        for reader in net.readers(stack.pop()):
+            if reader in folding.layers:
+                layers.append(folding.layers[reader])
+            elif reader.op == "output" or reader.target is masked or reader in folding.affines or reader in carried:
+                return False  # reached twice it would be scaled twice
+            elif _passes_on(net, folding, reader, scale):
+                carried.add(reader)
+                stack.append(reader)
+            else:
+                return False
+    if any(sum(source in carried for source in net.data_inputs(n)) > 1 for n in carried):
+        return False
+    for layer in layers:
+        layer.input_scale *= scale
+    return True
+
+
+def _passes_on(net: Network, folding: Folding, node: fx.Node, scale: float) -> bool:
+    if len(net.data_inputs(node)) == 1:
+        return _commutes(net, folding, node, Affine(scale))
+    product = _name(node) == "mul" and len(net.data_inputs(node)) == len(node.all_input_nodes) == 2
+    return product and isinstance(net.facts[node].value, Tensor)

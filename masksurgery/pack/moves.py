@@ -1,0 +1,216 @@
+"""Operations that only move numbers (reshape, permute, cat, windows): where each number of the output comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from masksurgery.layout import call_node
+from masksurgery.pack.families import Operation, sample_shape, shape_of
+from masksurgery.pack.network import Network
+
+Labels = dict[Any, "list[Tensor] | None"]
+"""What was found before, by what an operation does and to which shapes."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A node with other arguments."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def call(operation: Operation, net: Network, values: Sequence[Any], variant: Variant | None = None) -> Any:
+    """Run an operation on other tensors, with the sizes of the example.
+
+    Args:
+        values: In the place of its inputs.
+        variant: What to run instead.
+    """
+    node = operation.node
+    given = {place[0]: value for place, value in zip(operation.inputs, values, strict=True)}
+
+    def value_of(source: fx.Node) -> Any:
+        return given[source] if source in given else net.facts[source].value
+
+    if operation.module is not None:
+        return operation.module(*values)
+    run: Any = node if variant is None else variant
+    args, kwargs = fx.map_arg((tuple(run.args), dict(run.kwargs)), value_of)
+    return call_node(run, net.root, {}, args, kwargs)
+
+
+def trace_labels(operation: Operation, net: Network, cache: Labels) -> list[Tensor] | None:
+    """For each output the labels of its numbers: 0 is a padding with zeros, else 1 + the place in the inputs, which
+    are counted one after another, and all samples as one. None if the operation cannot be run on labels.
+
+    Returns:
+        Integers of the shape of each output; of length 1 along dimensions where they do not vary.
+    """
+    key = _key(operation, net)
+    if key is None or key not in cache:
+        found = _trace(operation, net)
+        if key is None:
+            return found
+        cache[key] = found
+    return cache[key]
+
+
+def _key(operation: Operation, net: Network) -> Any:
+    node = operation.node
+    args = fx.map_arg((node.args, node.kwargs), lambda n: _Value(net.facts[n].value))
+    shapes = tuple(shape_of(net, place) for place in operation.inputs)
+    kind = (type(operation.module), repr(operation.module)) if operation.module is not None else node.target
+    return kind, node.op, shapes, repr(args)
+
+
+class _Value:
+    """A value in a key: numbers as they are, tensors by their shape."""
+
+    def __init__(self, value: Any) -> None:
+        self.text = repr([tuple(x.shape) if isinstance(x, Tensor) else x for x in tree_leaves(value)])
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _labels(operation: Operation, net: Network) -> list[Tensor]:
+    """The inputs as labels, which are alike for all samples."""
+    given, start = [], 1
+    for place in operation.inputs:
+        shape = sample_shape(net, place)
+        size = torch.Size(shape).numel()
+        labels = torch.arange(start, start + size, dtype=torch.float64).reshape(shape)
+        given.append(labels.expand(shape_of(net, place)))
+        start += size
+    return given
+
+
+def _trace(operation: Operation, net: Network) -> list[Tensor] | None:
+    given = _labels(operation, net)
+    for dense in (False, True):
+        try:
+            found = call(operation, net, [x.contiguous() for x in given] if dense else given)
+            break
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            continue
+    else:
+        return None
+    leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+    return [_shrink(x) for x in leaves]
+
+
+def _shrink(labels: Tensor) -> Tensor:
+    for d, size in enumerate(labels.shape):
+        if size > 1 and (labels.stride(d) == 0 or bool((labels == labels.narrow(d, 0, 1)).all())):
+            labels = labels.narrow(d, 0, 1)
+    return labels.long()
+
+
+def compress(pattern: Tensor) -> Tensor:
+    """The same pattern, of length 1 along the dimensions where it does not vary."""
+    for d, size in enumerate(pattern.shape):
+        if size > 1 and bool((pattern == pattern.narrow(d, 0, 1)).all()):
+            pattern = pattern.narrow(d, 0, 1)
+    return pattern
+
+
+# --- on fewer channels -----------------------------------------------------------------------------------------------
+
+
+def find_move(
+    operation: Operation, net: Network, cache: Labels, outputs: Sequence[Mapping[int, Tensor]]
+) -> tuple[list[dict[int, Tensor]], Variant | None] | None:
+    """How a move makes no more than some of its outputs' channels.
+
+    Args:
+        outputs: For each output the indices that are kept, by dimension.
+    Returns:
+        The indices to keep of each input, and the node's arguments with other sizes where it needs them; None if
+        there is no way. Whatever is returned has been tried on labels.
+    """
+    maps = trace_labels(operation, net, cache)
+    if maps is None:
+        return None
+    node = operation.node
+    expected = []
+    for k, labels in enumerate(maps):
+        full = labels.expand(torch.broadcast_shapes(labels.shape, shape_of(net, (node, k))))
+        expected.append(_take(full, outputs[k]))
+    inputs = _sources(operation, net, expected)
+    if inputs is None:
+        return None
+    given = [_take(x, keep) for x, keep in zip(_labels(operation, net), inputs, strict=True)]
+    for variant in (None, _resized(node, [tuple(x.shape) for x in expected], net)):
+        for dense in (False, True):
+            try:
+                found = call(operation, net, [x.contiguous() for x in given] if dense else given, variant)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                continue
+            leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+            if len(leaves) == len(expected) and all(map(torch.equal, leaves, (x.double() for x in expected))):
+                return inputs, variant
+            break
+    return None
+
+
+def _take(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    for d, index in keep.items():
+        x = x.index_select(d, index)
+    return x
+
+
+def _sources(operation: Operation, net: Network, expected: list[Tensor]) -> list[dict[int, Tensor]] | None:
+    """The channels of each input that hold what is expected."""
+    labels = torch.cat([_shrink(x).reshape(-1) for x in expected]).unique()
+    start, found = 1, []
+    for place in operation.inputs:
+        shape = sample_shape(net, place)
+        size = torch.Size(shape).numel()
+        own = labels[(labels >= start) & (labels < start + size)] - start
+        if not len(own):
+            return None
+        keep = {}
+        for d, length in enumerate(shape):
+            step = torch.Size(shape[d + 1 :]).numel()
+            index = (own // step % length).unique()
+            if length > 1 and len(index) < length:
+                keep[d] = index
+        found.append(keep)
+        start += size
+    return found
+
+
+def _resized(node: fx.Node, shapes: list[tuple[int, ...]], net: Network) -> Variant | None:
+    """The node with the sizes that its outputs have now."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    full = [tuple(x.shape) for x in net.tensors(node)]
+    if node.op not in ("call_method", "call_function"):
+        return None
+    if name in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        if not isinstance(dim, int):
+            return None
+        return Variant("call_function", torch.split, (node.args[0], [shape[dim] for shape in shapes], dim), {})
+    if name not in ("view", "reshape", "expand", "unflatten") or node.kwargs or len(full) != 1:
+        return None
+    first = 1
+    start = 0
+    if name == "unflatten":
+        start, first = int(node.args[1]) % net.tensors(node.all_input_nodes[0])[0].dim(), 2  # type: ignore[arg-type]
+    sizes = list(node.args[first:])
+    nested = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
+    sizes = list(sizes[0]) if nested else sizes  # type: ignore[arg-type]
+    for k in range(len(sizes)):
+        d = start + k
+        if d < len(full[0]) and shapes[0][d] != full[0][d]:
+            sizes[k] = shapes[0][d]
+    return Variant(node.op, node.target, (*node.args[:first], *((tuple(sizes),) if nested else sizes)), {})

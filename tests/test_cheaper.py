@@ -1,0 +1,187 @@
+"""Conversions that are cheaper to pack: aligned kept counts, masks that a stream shares."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import masksurgery
+from nets import NETS, Net, randomise
+from oracles import FOUR, flips_found, images, small
+from test_nets import convert, make
+from test_opaque import Branching
+
+nets = pytest.mark.parametrize("net", NETS.values(), ids=lambda net: net.name)
+
+
+def converted(name: str, **options) -> tuple[masksurgery.ConvertedModel, nn.Module, Tensor]:
+    base, x = small(name), images(name, 2)
+    return masksurgery.convert(base, example_inputs=(x,), **options), base, x
+
+
+def assert_restored(model: masksurgery.ConvertedModel, base: nn.Module, x: Tensor, folder: Path) -> None:
+    """A saved model comes back with its record, its settings, its masks and its predictions."""
+    masksurgery.save(model, folder)
+    again = masksurgery.load(folder, base=base)
+    assert again.surgery == model.surgery and again.surgery.sites == model.surgery.sites
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    for name in ("tie", "multiple_of"):
+        assert getattr(again.settings, name) == getattr(model.settings, name)
+    with torch.no_grad():
+        assert torch.equal(again(x).members, model.eval()(x).members)
+
+
+# --- multiple_of -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_kept_counts_are_multiples(name: str, tmp_path: Path) -> None:
+    model, base, x = converted(name, multiple_of=8)
+    sites = model.surgery.sites
+    assert all(site.ones % 8 == 0 or site.channels <= 8 for site in sites)
+    plain = masksurgery.convert(base, example_inputs=(x,)).surgery.sites
+    assert [site.layer for site in sites] == [site.layer for site in plain]
+    assert [site.ones for site in sites] == [
+        masksurgery.generate_masks(site.channels, 4, 2.0, multiple_of=8)[0].sum() for site in plain
+    ]
+    assert masksurgery.verify(model, base, x).relative <= 1e-12
+    assert_restored(model, base, x, tmp_path / "model")
+
+
+# --- tie="stream" ----------------------------------------------------------------------------------------------------
+
+
+def streams(model: masksurgery.ConvertedModel) -> list[list[str]]:
+    """The layers of each stream, in order; each has the masks that its name says, and no other site has them."""
+    surgery = model.surgery
+    found: dict[str, list[str]] = defaultdict(list)
+    for site in surgery.sites:
+        rows = surgery.masks[site.mask]
+        assert torch.equal(model.get_submodule(site.mask).masks, torch.from_numpy(rows))
+        if site.stream:
+            found[site.stream].append(site.layer)
+            assert np.array_equal(rows, surgery.masks[site.stream])
+    by_mask = {site.mask: site for site in surgery.sites}
+    assert all(by_mask[name].stream == name and by_mask[name].layer == layers[0] for name, layers in found.items())
+    assert all(len(layers) > 1 for layers in found.values())
+    return list(found.values())
+
+
+STREAMS = {
+    "resnet50": [
+        [f"layer{k}.0.conv3", f"layer{k}.0.downsample.0", *(f"layer{k}.{i}.conv3" for i in range(1, blocks))]
+        for k, blocks in ((1, 3), (2, 4), (3, 6), (4, 3))
+    ],
+    "mobilenetv3_small_100": [  # the first block of a stage changes the width, and has no shortcut
+        [f"blocks.{k}.{i}.conv_pwl" for i in range(blocks)] for k, blocks in ((1, 2), (2, 3), (3, 2), (4, 3))
+    ],
+    "vit_tiny_patch16_224": [
+        ["patch_embed.proj", *(f"blocks.{i}.{name}" for i in range(12) for name in ("attn.proj", "mlp.fc2"))]
+    ],
+    "swin_tiny_patch4_window7_224": [
+        [
+            f"layers.{k}.downsample.reduction" if k else "patch_embed.proj",
+            *(f"layers.{k}.blocks.{i}.{name}" for i in range(depth) for name in ("attn.proj", "mlp.fc2")),
+        ]
+        for k, depth in enumerate((2, 2, 6, 2))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_a_stream_shares_its_masks(name: str, tmp_path: Path) -> None:
+    model, base, x = converted(name, tie="stream")
+    assert streams(model) == STREAMS[name]
+    assert masksurgery.verify(model, base, x).relative <= 1e-12
+    assert masksurgery.verify(model, base, x, mode="train").relative <= 1e-12
+    assert_restored(model, base, x, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_other_sites_keep_their_masks(name: str) -> None:
+    model, base, x = converted(name, tie="stream")
+    plain = masksurgery.convert(base, example_inputs=(x,))
+    assert [site.mask for site in model.surgery.sites] == [site.mask for site in plain.surgery.sites]
+    for site in model.surgery.sites:
+        same = np.array_equal(model.surgery.masks[site.mask], plain.surgery.masks[site.mask])
+        assert same == (not site.stream)  # a stream's masks are drawn from random numbers of its own
+    other = masksurgery.convert(base, example_inputs=(x,), tie="stream", seed=1).surgery
+    drawn = [model.surgery.masks[layer].tobytes() for layer in {site.stream for site in model.surgery.sites} - {""}]
+    assert len(set(drawn)) == len(drawn) == len(STREAMS[name])
+    assert all((other.masks[site.mask] != model.surgery.masks[site.mask]).any() for site in other.sites)
+
+
+NET_STREAMS = {
+    "conv_bn_relu": [["stem", "conv2"]],
+    "layer_scale": [["conv1", "conv2"]],
+    "densenet_cat": [],  # a concatenation has other channels than what it is made of
+    "split_attention": [["conv_a", "conv_b"]],
+    "mbconv_with_gate": [["stem", "conv_pwl"]],
+    "squeeze_excite": [],
+    "product_of_branches": [],
+    # block2.dw is channel-wise since the sum: with masks of its own a member would keep (m/c)^2 of it.
+    "depthwise_on_residual_stream": [["stem", "block1.fc2", "block2.dw", "block2.fc2"]],
+    "windows": [["stem", "fc2"]],
+    "token_mixer": [["stem", "fc2"]],
+    "class_token_after_masks": [["stem", "fc1"]],
+    "sequence_first_attention": [["stem", "proj", "fc"]],
+    "channel_split": [],
+    "two_batches_in_one": [["stem", "stem"]],
+}
+
+
+@nets
+def test_streams_of_hazard_nets(net: Net) -> None:
+    base, inputs = make(net)
+    model = convert(net, base, inputs, tie="stream")
+    found = streams(model)
+    assert found == NET_STREAMS.get(net.name, found)
+    masksurgery.verify(model, base, *inputs)
+    for site in [site for site in model.surgery.sites if site.stream not in ("", site.mask)][:1]:
+        assert flips_found(model, base, site.mask, inputs), site  # a bit of this site alone
+
+
+class Merged(nn.Module):
+    """A stream of 8 channels: one sum of a layer of 8, one of two of 4 side by side; and a second one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.whole, self.aside, self.more, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + torch.cat([self.left(x), self.right(x)], 1).relu()
+        x = x + self.whole(x).relu()
+        y = self.aside(x).tanh()
+        return self.head(y + self.more(y).relu())
+
+
+def test_what_a_concatenation_adds_is_left_alone() -> None:
+    base, x = randomise(Merged(), 1).double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    model = masksurgery.convert(base, example_inputs=(x,), tie="stream")
+    assert streams(model) == [["stem", "whole"], ["aside", "more"]]
+    assert {site.layer for site in model.surgery.sites if not site.stream} == {"left", "right"}
+    masksurgery.verify(model, base, x)
+
+
+def test_a_stream_goes_through_what_cannot_be_traced(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = randomise(Branching(), 3).double().eval(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    model = masksurgery.convert(base, example_inputs=(x,), tie="stream")
+    assert streams(model) == [["stem.0", "blocks.0.conv2", "blocks.1.conv2"]]
+    assert {site.part for site in model.surgery.sites if site.stream} == {"stem", "blocks.0", "blocks.1"}
+    masksurgery.verify(model, base, x)
+    assert_restored(model, base, x, tmp_path / "model")
+
+
+def test_a_stream_of_multiples() -> None:
+    model, base, x = converted("mobilenetv3_small_100", tie="stream", multiple_of=8)
+    assert streams(model) == STREAMS["mobilenetv3_small_100"]
+    assert {site.ones % 8 for site in model.surgery.sites} == {0}
+    masksurgery.verify(model, base, x)
