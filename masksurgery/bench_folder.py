@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from masksurgery.checkpoint import load, load_base
@@ -16,21 +15,26 @@ from masksurgery.factory import Recipe, from_recipe
 from masksurgery.input_repeat import repeat_inputs
 from masksurgery.inputs import describe, describe_inputs, placeholder_values
 from masksurgery.macs import sample_inputs
+from masksurgery.model import ConvertedModel
 from masksurgery.pack import PackedModel, pack
+from masksurgery.pack.building import Layout
 from masksurgery.types import ConfigError, check_choice
-from masksurgery.variants import Variant
+from masksurgery.variants import Conditions, Variant, fill_weights
 
 BASE, REPEAT, LATE, PACKED = "base", "repeat", "late", "packed"
 AGAINST = (BASE, REPEAT, LATE)
 
 
-def open_variants(directory: str | Path, against: Sequence[str] | None = None, *, trust: bool = False) -> list[Variant]:
+def open_variants(
+    directory: str | Path, against: Sequence[str] | None, conditions: Conditions, *, trust: bool = False
+) -> list[Variant]:
     """The packed model of a folder, and what it is to be compared with.
 
     Args:
         directory: Of a converted or a packed model, as `load` takes it.
         against: "base", "repeat" (all inputs are repeated n times) and "late" (the converted model); None for all that
             the folder allows: a packed model's holds no weights of the base model, which is made with others.
+        conditions: Of the measurement, under which the model is packed too: "auto" is what is faster there.
         trust: As `load` takes it.
     Returns:
         In the order of `AGAINST`, the packed model last.
@@ -48,17 +52,17 @@ def open_variants(directory: str | Path, against: Sequence[str] | None = None, *
             f"the converted model that it was packed from, or --against base."
         )
     base = _make(BASE, model, directory, trust)
-    packed = _make(PACKED, model, directory, trust)
+    with conditions.hold():
+        packed = _make(PACKED, conditions.prepare(model), directory, trust)
     assert isinstance(packed, PackedModel)
-    chosen = {"layout": packed.layout, "dense": packed.dense}  # which the other process is not to choose again
-    made = {BASE: base, PACKED: packed}
-    details = {PACKED: {**chosen, "barriers": len(packed.barriers)}}
+    made, details = {BASE: base, PACKED: packed}, {PACKED: describe_packed(packed)}
     return [
         Variant(
             name,
             made[name] if name in made else _make(name, model, directory, trust),
-            partial(_describe, base, model, name == BASE),
-            partial(make_variant, name, directory, trust, **chosen),
+            partial(describe_call, base, model, name == BASE),
+            # What "auto" has chosen here is not to be chosen again elsewhere.
+            partial(make_variant, name, directory, trust, packed.layout, packed.dense),
             details.get(name, {}),
         )
         for name in (*(name for name in AGAINST if name in wanted), PACKED)
@@ -71,38 +75,34 @@ def check_against(names: Sequence[str]) -> None:
         check_choice("against", name, AGAINST)
 
 
+def describe_packed(model: PackedModel) -> dict[str, Any]:
+    """What there is to know of a packed model beside its figures."""
+    return {"layout": model.layout, "dense": model.dense, "barriers": len(model.barriers)}
+
+
 def make_variant(
-    name: str, directory: str | Path, trust: bool = False, layout: str = "auto", dense: bool | None = None
+    name: str, directory: str | Path, trust: bool = False, layout: Layout = "auto", dense: bool | None = None
 ) -> nn.Module:
     """One variant of the model in a folder."""
     return _make(name, load(directory, trust=trust), directory, trust, layout, dense)
 
 
 def _make(
-    name: str, model: Ensemble, directory: str | Path, trust: bool, layout: str = "auto", dense: bool | None = None
+    name: str, model: nn.Module, directory: str | Path, trust: bool, layout: Layout = "auto", dense: bool | None = None
 ) -> nn.Module:
-    if name == BASE and isinstance(model, PackedModel):
-        return _fill(from_recipe(Recipe.from_dict(model.recipe or {})))
-    if name == BASE:
-        return load_base(directory, trust=trust)
-    if name == REPEAT:
-        return repeat_inputs(model)
-    return pack(model, layout, dense=dense) if name == PACKED and not isinstance(model, PackedModel) else model
+    if isinstance(model, ConvertedModel):
+        made: dict[str, Callable[[], nn.Module]] = {
+            BASE: lambda: load_base(directory, trust=trust),
+            REPEAT: lambda: repeat_inputs(model),
+            LATE: lambda: model,
+            PACKED: lambda: pack(model, layout, dense=dense),
+        }
+        return made[name]()
+    assert isinstance(model, PackedModel)
+    return fill_weights(from_recipe(Recipe.from_dict(model.recipe or {}))) if name == BASE else model
 
 
-@torch.no_grad()
-def _fill(model: nn.Module) -> nn.Module:
-    """Weights that keep activations near 1: what is denormal or no number is computed at another speed."""
-    generator = torch.Generator().manual_seed(0)
-    for name, x in model.named_parameters():
-        if x.dim() > 1:
-            x.normal_(0, (x.numel() / len(x)) ** -0.5, generator=generator)
-        else:
-            x.fill_(float(name.endswith("weight")))
-    return model
-
-
-def _describe(base: nn.Module, model: Ensemble, of_base: bool, samples: int) -> Mapping[str, Any]:
-    """The inputs of a forward: the graphs of ensembles take by name what was an input, and no constants."""
+def describe_call(base: nn.Module, model: Ensemble, of_base: bool, samples: int) -> Mapping[str, Any]:
+    """The inputs of a forward of so many samples; an ensemble takes by name what was an input, and no constants."""
     bound = sample_inputs(base, model, samples)
     return describe_inputs(bound) if of_base else {"args": [], "kwargs": describe(placeholder_values(bound))}

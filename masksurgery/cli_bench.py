@@ -57,7 +57,7 @@ def bench(
     check_against(names or ())
     conditions = Conditions(threads or torch.get_num_threads(), device, channels_last)
     with step(f"Loading and packing {directory}"):
-        variants = open_variants(place_of(directory), names, trust=trust)
+        variants = open_variants(place_of(directory), names, conditions, trust=trust)
     with Steps() as steps:
         found = measure(variants, sizes, conditions, repeats=repeats, observer=steps)
     out().print(bench_table(directory, found))

@@ -72,3 +72,28 @@ class Conditions:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw all parameters and BatchNorm statistics anew, in place, so that activations stay at an ordinary size.
+
+    Numbers that are denormal, infinite or none at all would be computed at another speed. Weights that mix are scaled
+    by what they read, scales and variances lie in 0.5 to 1.5, the rest is near zero; torch's default generator is not
+    touched.
+
+    Returns:
+        The model itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        last = name.rpartition(".")[2]
+        if not x.is_floating_point() or not (isinstance(x, nn.Parameter) or last in ("running_mean", "running_var")):
+            continue
+        if x.dim() > 1:
+            x.normal_(0, 1.2 * (len(x) / x.numel()) ** 0.5, generator=generator)
+        elif last in ("bias", "running_mean"):
+            x.normal_(0, 0.3, generator=generator)
+        else:  # scales of norms and layers, variances
+            x.uniform_(0.5, 1.5, generator=generator)
+    return model
