@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +82,6 @@ def run(
     architecture: str, names: Sequence[str], batches: Sequence[int], conditions: Conditions, repeats: int
 ) -> dict[str, Any]:
     """Measure the variants of an architecture, once those that have to agree do."""
-    logging.getLogger("masksurgery").setLevel(logging.ERROR)  # that a conversion has to be fine-tuned
     with Steps() as steps:
         steps.say(f"making the variants of {architecture}")
         variants = list(open_variants(architecture, names, conditions))
@@ -127,10 +125,10 @@ def ratio(result: Mapping[str, Any], one: str, other: str, batch: int) -> float 
 def document(results: Results) -> str:
     """The text of inference.md."""
     parts = [
-        "# Inference\n\nWritten by `examples/benchmarks/inference.py`. Each ensemble has four members, or passes; masks "
-        "with n=4 and scale=2. Milliseconds of a forward are medians, with the interquartile range; *to base* is the "
-        "median of the ratios to the base model's forward of the same round. MiB are weights and one forward at its "
-        "peak. MACs are those of one sample for all members.\n"
+        "# Inference\n\nWritten by `examples/benchmarks/inference.py`. Each ensemble has four members or passes; masks "
+        "are drawn with n=4 and scale=2. Milliseconds of a forward are medians, with the interquartile range; *to "
+        "base* is the median of the ratios to the base model's forward of the same round. MiB are weights and one "
+        "forward at its peak. MACs are those of one sample for all members.\n"
     ]
     order = [*(name for name in MODELS if name in results), *sorted(set(results) - set(MODELS))]
     parts += [f"## {name}\n\n{place(results[name])}\n\n{model_table(results[name])}" for name in order]
@@ -140,7 +138,7 @@ def document(results: Results) -> str:
 def place(result: Mapping[str, Any]) -> str:
     """Where an architecture was measured."""
     conditions, machine, versions = (result[key] for key in ("conditions", "machine", "versions"))
-    where = machine.get("gpu") or f"{conditions['threads']} threads of {machine['cpus']} CPUs ({machine['cpu']})"
+    where = machine.get("gpu") or f"threads: {conditions['threads']}, of {machine['cpus']} CPUs ({machine['cpu']})"
     memory_format = ", channels last" if conditions["channels_last"] else ""
     layouts = [
         f"{name}: {details['layout']}{', dense' if details['dense'] else ''}, {details['barriers']} barriers, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -40,6 +41,8 @@ PACKED: dict[str, dict[str, Any]] = {"packed": {}, "tied": {"tie": "stream"}, "h
 """The packed variants, and what they are converted with."""
 AGREE = (("base", "folded"), ("repeat", "reference"), ("repeat", "late"), ("repeat", "packed"))
 """Variants that compute the same."""
+
+logging.getLogger("masksurgery").setLevel(logging.ERROR)  # no conversion here is to be fine-tuned
 
 
 def open_variants(architecture: str, names: Sequence[str], conditions: Conditions) -> Iterator[Variant]:
