@@ -86,8 +86,9 @@ def _on_values(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int
 
 def _count(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
     counter = FlopCounterMode(display=False)
+    model.eval().requires_grad_(False)  # the counter follows what needs a gradient, and fails where there is none
     with torch.no_grad(), counter:
-        model.eval()(*args, **kwargs)
+        model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
 
 

@@ -36,6 +36,17 @@ class OnTheCpu(nn.Module):
         return Attention()(self.inner(x) + torch.ones(64, device="cpu"))
 
 
+class Token(nn.Module):
+    """A parameter goes into a module, as cait's class token does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.zeros(1, 12)), nn.Sequential(nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.token.expand(len(x), -1)) + x
+
+
 HEADS = 4 * 10 * 64 * 64 + 2 * 10 * 10 * 64  # q, k, v and out projections; products of q and k, and with v
 
 
@@ -48,10 +59,11 @@ HEADS = 4 * 10 * 64 * 64 + 2 * 10 * 10 * 64  # q, k, v and out projections; prod
         (nn.ConvTranspose2d(8, 16, 2, stride=2), (1, 8, 10, 10), 100 * 8 * 16 * 4),
         (Attention(), (1, 3, 197, 64), 2 * 3 * 197 * 197 * 64),
         (MultiHead(), (1, 10, 64), HEADS),
+        (Token(), (1, 5), 12 * 5),
         (OnTheCpu(), (1, 10, 64), HEADS + 2 * 10 * 10 * 64),
         (nn.Sequential(nn.BatchNorm1d(7), nn.ReLU()), (4, 7), 0),
     ],
-    ids=["linear", "conv", "grouped", "transposed", "attention", "multihead", "fake tensors", "no products"],
+    ids=["linear", "conv", "grouped", "transposed", "attention", "multihead", "token", "fake tensors", "no products"],
 )
 def test_hand_counts(model: nn.Module, shape: tuple[int, ...], macs: int) -> None:
     assert count_macs(model, (torch.zeros(shape),)) == macs

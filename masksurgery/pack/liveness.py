@@ -180,7 +180,8 @@ def folded_bias(operation: Operation, member: Member, foldable: Tensor) -> Tenso
     if layer.pads or not value.any():  # with pads only zeros are folded
         return total
     inputs = torch.where(foldable, value.reshape(-1).expand(len(foldable)), 0.0).to(device)
-    sums = layer.weight().double().flatten(3).sum(3)
+    weight = layer.weight().double()
+    sums = weight.reshape(*weight.shape[:3], -1).sum(3)
     return total + (sums * inputs.reshape(layer.groups, 1, -1)).sum(2).reshape(-1)
 
 
@@ -488,9 +489,18 @@ def find_needed(member: Member) -> dict[Place, Tensor]:
             needed.update(((node, k), pattern) for k, pattern in enumerate(own))
         for place, pattern in zip(operation.inputs, needed_inputs(operation, member, own), strict=True):
             pattern = reduce_any(pattern, sample_shape(net, place))
+            if not pattern.any() and any(bool(x.any()) for x in own):
+                pattern = _first(torch.ones_like(pattern))  # a constant still needs the shape of what it is made of
             before = needed.get(place)
             needed[place] = pattern if before is None else compress(before | pattern)
     return needed
+
+
+def _first(pattern: Tensor) -> Tensor:
+    """The first entry of those in a pattern."""
+    one = torch.zeros(pattern.numel(), dtype=torch.bool)
+    one[pattern.reshape(-1).nonzero()[0]] = True
+    return one.reshape(pattern.shape)
 
 
 def _only_sized(member: Member, node: fx.Node) -> bool:
@@ -505,6 +515,8 @@ def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> dict[Place, dic
         if place[0] not in member.net.dependent:
             continue
         live = pattern & ~member.of(place).constant
+        if not live.any() and pattern.any():
+            live = _first(pattern)
         cut: dict[int, Tensor] = {}
         for d, size in enumerate(live.shape if _can_be_cut(member, place[0]) else ()):
             others = [other for other in range(live.dim()) if other != d]

@@ -97,15 +97,29 @@ def _labels(operation: Operation, net: Network) -> list[Tensor]:
 def _trace(operation: Operation, net: Network) -> list[Tensor] | None:
     given = _labels(operation, net)
     for dense in (False, True):
-        try:
-            found = call(operation, net, [x.contiguous() for x in given] if dense else given)
-            break
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        found = _moved(operation, net, [x.contiguous() for x in given] if dense else given)
+        if found is None:
             continue
-    else:
+        # What sorts or interpolates moves other numbers otherwise.
+        table = torch.rand(int(max(x.max() for x in given)) + 1, generator=torch.Generator().manual_seed(0)).double()
+        table[0] = 0
+        others = _moved(operation, net, [table[x.long()] for x in given])
+        labels = [_shrink(x) for x in found]
+        if others is None or not all(
+            torch.equal(table[x].expand(y.shape), y) for x, y in zip(labels, others, strict=True)
+        ):
+            return None
+        return labels
+    return None
+
+
+def _moved(operation: Operation, net: Network, given: list[Tensor]) -> list[Tensor] | None:
+    """The tensors that an operation returns of these; None if it cannot be run on them."""
+    try:
+        found = call(operation, net, given)
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None
-    leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-    return [_shrink(x) for x in leaves]
+    return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
 
 
 def _shrink(labels: Tensor) -> Tensor:

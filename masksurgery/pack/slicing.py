@@ -132,7 +132,7 @@ class Slicer:
         known, shape = self.member.of(place), shape_of(self.net, place)
         for d in sorted({*have, *keep}):
             one, other = have.get(d), keep.get(d)
-            if one is None and other is None or (one is not None and other is not None and torch.equal(one, other)):
+            if same_index(one, other):
                 continue
             own = torch.arange(shape[d]) if one is None else one
             wanted = torch.arange(shape[d]) if other is None else other
@@ -232,8 +232,14 @@ class Slicer:
         return self.sliced.graph.node_copy(node, self.whole)
 
     def mask(self, operation: Operation) -> fx.Node:
-        x = self.get(operation.inputs[0], self.kept((operation.node, 0)))
+        keep = self.kept((operation.node, 0))
+        x = self.get(operation.inputs[0], keep)
         scale = self.member.operations.folding.rescale[operation.node]
+        dim = self.net.masks[str(operation.node.args[1])].channel_dim % len(shape_of(self.net, (operation.node, 0)))
+        mask = self.member.mask(operation)[keep.get(dim, slice(None))]
+        if not mask.all():
+            weights = (mask * scale).to(self._device(), self._dtype())
+            return self.sliced.call(f"{self.prefix}.{operation.node.name}", ChannelAffine(dim, weights, None), x)
         return x if scale == 1 else self.sliced.graph.call_function(operator.mul, (x, scale))
 
     def same(self, operation: Operation) -> fx.Node:

@@ -1,13 +1,11 @@
 """The numbers of the smallest architecture of every family of timm: its members against the base model under masks.
 
 With random parameters, at the smallest images, in float64, drop rates above zero; about ten minutes on one core, of
-which CI takes another quarter with each commit (`selection.py`). Families whose smallest architecture has more than 60
-million parameters are left out: TOO_LARGE names them.
+which CI takes another quarter with each commit (`selection.py`). Families of large architectures are left out.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
@@ -18,56 +16,12 @@ from torch import Tensor, nn
 
 import masksurgery
 import smallest
+from families import FAMILIES, LIMIT, RECORD, TOO_LARGE, cases, prepare
 from masksurgery.model import ConvertedModel
-from nets import randomise
 from oracles import flips_found
-from selection import chosen, commit
 
-LIMIT = 60_000_000
-RECORD: dict[str, Any] = json.loads(smallest.PATH.read_text(encoding="utf-8"))
-FAMILIES: dict[str, dict[str, Any]] = RECORD["families"]
-TOO_LARGE = {
-    "beit": "86.5 M parameters", "deepseek_vit": "412 M", "gemma4_vit": "167 M", "mobilenetv5": "82.6 M",
-    "naflexvit": "86.5 M", "nasnet": "88.8 M", "pnasnet": "86.1 M", "qwen3_vit": "87.4 M", "vgg": "133 M",
-    "vision_transformer_sam": "86.5 M",
-}  # fmt: skip
 FAILURES: dict[str, str] = {}
 MEMBERS, SCALE = 3, 1.5
-
-
-def _cases() -> list[Any]:
-    cases = []
-    for family in FAMILIES.keys() - TOO_LARGE.keys():
-        name = FAMILIES[family]["name"]
-        marks = []
-        if not timm.is_model(name):
-            marks.append(pytest.mark.skip(reason="the installed timm does not have it"))
-        elif not chosen(family):
-            marks.append(pytest.mark.skip(reason=f"not in the quarter that commit {commit()[:12]} chooses"))
-        if name in FAILURES:
-            marks.append(pytest.mark.xfail(reason=FAILURES[name], strict=True))
-        cases.append(pytest.param(FAMILIES[family], id=f"{family}-{name}", marks=marks))
-    return sorted(cases, key=lambda case: str(case.id))
-
-
-def prepare(entry: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """The architecture with random parameters, and images for a training step.
-
-    Of small images there are more, because at the end of most networks they are a pixel each: over a few values the
-    statistics of BatchNorm amplify rounding until it is no longer rounding. The running statistics have seen the images
-    once; with random ones repvit is 1e10 and has members of 1e18. A fifth of them stays random: no variance is zero.
-    """
-    base = randomise(timm.create_model(entry["name"], num_classes=10, **entry["kwargs"])).double()
-    batch, size = (16 if entry["size"] <= 64 else 5), entry["size"]
-    shape = batch, base.default_cfg["input_size"][0], size, size
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for module in base.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.8
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        base.train()(x)
-    return base.eval(), x
 
 
 def members_of(model: ConvertedModel, x: Tensor) -> Tensor:
@@ -78,7 +32,7 @@ def members_of(model: ConvertedModel, x: Tensor) -> Tensor:
 
 @pytest.mark.zoo
 @pytest.mark.timeout(900)  # halonet takes images of 256 pixels at least: two minutes
-@pytest.mark.parametrize("entry", _cases())
+@pytest.mark.parametrize("entry", cases(FAILURES))
 def test_numbers(entry: dict[str, Any]) -> None:
     base, many = prepare(entry)
     x = many[:3]

@@ -1,0 +1,50 @@
+"""The smallest architecture of every family of timm, packed; and packing.md is what packing gives.
+
+With random parameters, at the smallest images, in float32; CI takes a quarter with each commit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+
+import masksurgery
+import packing_report as report
+from families import FAMILIES, cases, prepare
+from packing import assert_packed
+
+FAILURES: dict[str, str] = {}
+TEXT = report.PACKING.read_text(encoding="utf-8")
+ROWS = {row.family: row for row in report.parse(TEXT)}
+CURRENT = f"timm {timm.__version__}," in TEXT
+
+
+def test_every_family_is_packed() -> None:
+    assert ROWS.keys() == FAMILIES.keys()
+    assert [row.name for row in ROWS.values()] == [entry["name"] for entry in FAMILIES.values()]
+    assert {row.name: row.barriers for row in ROWS.values() if row.failed} == {}
+    assert report.summary(list(ROWS.values())) in TEXT
+
+
+def test_packing_saves() -> None:
+    """A ratchet: a rule that saves less has to be looked at."""
+    packed = {row.name: float(row.packed) for row in ROWS.values()}
+    converted = {row.name: float(row.converted) for row in ROWS.values()}
+    assert {name: ratio for name, ratio in packed.items() if ratio > converted[name]} == {}
+    assert sorted(packed.values())[len(packed) // 2] < 2
+
+
+@pytest.mark.zoo
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("entry", cases(FAILURES, "packed "))
+def test_packed_is_converted(entry: dict[str, Any]) -> None:
+    base, many = prepare(entry)
+    base, x = base.float(), many[:2].float()
+    model = masksurgery.convert(base, example_inputs=(x[:1],))
+    packed = masksurgery.pack(model, "unrolled", dense=False)
+    assert_packed(packed, model, (x,))
+    if CURRENT:
+        family = next(family for family, other in FAMILIES.items() if other is entry)
+        assert report.measure(entry, family, base, model, packed) == ROWS[family], "run tests/zoo/packing_report.py"
