@@ -1,4 +1,4 @@
-"""Save a converted model to a folder, and load it again: its tensors as safetensors, everything else as JSON."""
+"""Save an ensemble to a folder, and load it again: its tensors as safetensors, everything else as JSON."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from torch import nn
 
 from masksurgery.convert import build
 from masksurgery.factory import Recipe, from_recipe
-from masksurgery.folders import SavedModel, check_masks, check_replaceable, find_folder
+from masksurgery.folders import SavedModel, check_masks, check_replaceable, find_folder, mask_key
 from masksurgery.model import ConvertedModel
+from masksurgery.pack import PackedModel
 from masksurgery.prediction import check_temperature
 from masksurgery.rebuild import describe, plain_cfg
-from masksurgery.record import Inputs, read_object, read_record
-from masksurgery.restore import as_tuples, restore_base, restore_draft
+from masksurgery.record import Inputs, Packing, read_object, read_record
+from masksurgery.restore import as_tuples, restore_base, restore_draft, restore_packed
 from masksurgery.scores import Threshold
 from masksurgery.types import CheckpointError, ConfigError, MasksurgeryError
 from masksurgery.weights import CONFIG, WEIGHTS, collect_tensors, load_weights, replace_file, write_folder
 
 
-def save(model: ConvertedModel, directory: str | Path, *, force: bool = False) -> Path:
-    """Save a converted model: its weights, its masks, and what makes it again. Nothing is pickled.
+def save(model: ConvertedModel | PackedModel, directory: str | Path, *, force: bool = False) -> Path:
+    """Save a converted or packed model: its weights, its masks, and what makes it again. Nothing is pickled.
 
     A model that timm or torchvision can make again is loaded without further ado; for another, `load` needs `base`.
 
     Args:
-        model: What `convert` returned, on any device, trained or not.
+        model: What `convert` or `pack` returned, on any device, trained or not.
         directory: Made if there is none. The two files of a model that was saved before are replaced, both or neither.
         force: Replace a config.json or a model.safetensors that is not of this package, too.
     Returns:
@@ -40,24 +41,27 @@ def save(model: ConvertedModel, directory: str | Path, *, force: bool = False) -
         CheckpointError: The folder holds other files of these names, cannot be written, or the model holds what JSON
             and safetensors cannot.
     """
-    if not isinstance(model, ConvertedModel):
+    if not isinstance(model, (ConvertedModel, PackedModel)):
         raise ConfigError(
-            f"save takes a converted model, not {type(model).__name__}. Pass what masksurgery.convert returned."
+            f"save takes a converted or packed model, not {type(model).__name__}. Pass what convert or pack returned."
         )
     folder = Path(directory)
     if not force:
         check_replaceable(folder)
     tensors, aliases = collect_tensors(model, folder / WEIGHTS)
-    text, identity = describe(model, aliases, folder / CONFIG)
-    check_masks(model.surgery.sites, model.surgery.n, tensors, folder / WEIGHTS)  # as `load` will
+    packed = Packing(model.layout, model.dense) if isinstance(model, PackedModel) else None
+    if packed:
+        tensors |= {mask_key(name, True): torch.from_numpy(rows) for name, rows in model.surgery.masks.items()}
+    text, identity = describe(model, aliases, folder / CONFIG, packed)
+    check_masks(model.surgery.sites, model.surgery.n, tensors, folder / WEIGHTS, packed is not None)  # as `load` will
     write_folder(folder, tensors, text, identity)
     return folder
 
 
 def load(
     directory: str | Path, *, base: nn.Module | None = None, device: torch.device | str = "cpu", trust: bool = False
-) -> ConvertedModel:
-    """Load a converted model. The recorded sites and masks are used; the rule that chose them is not asked again.
+) -> ConvertedModel | PackedModel:
+    """Load what `save` wrote. The recorded sites and masks are used; the rule that chose them is not asked again.
 
     Args:
         directory: A folder that `save` wrote, or "hf-hub:user/repo" (also "user/repo", where no such folder exists).
@@ -73,15 +77,16 @@ def load(
     record, own = saved.record, restore_base(saved, base, trust)
     try:
         draft = restore_draft(saved, own)
-        model = build(draft, record.sites, saved.masks, record.skipped)
+        converted = build(draft, record.sites, saved.masks, record.skipped)
+        converted.surgery = replace(converted.surgery, notes=record.notes)
+        converted.recipe = asdict(record.base) if record.base else None
+        model = converted if record.packed is None else restore_packed(saved, converted)
         model.output = record.output
         model.temperature, model.threshold = record.temperature or 1.0, record.threshold
     except CheckpointError:
         raise
     except MasksurgeryError as error:
         raise CheckpointError(f"{saved.config}: cannot be applied to {type(own).__name__}: {error}") from error
-    model.surgery = replace(model.surgery, notes=record.notes)
-    model.recipe = asdict(record.base) if record.base else None
     return model.eval().to(device)
 
 
@@ -127,6 +132,11 @@ def load_base(
         CheckpointError: Names the file and the key that is missing or wrong.
     """
     saved = SavedModel.read(directory)
+    if saved.record.packed is not None:
+        raise CheckpointError(
+            f"{saved.config}: is of a packed model, which does not hold all weights of its base model. Read the folder "
+            f"of the converted model that it was packed from."
+        )
     model = restore_base(saved, base, trust)
     _set_size(model, saved.record.inputs)
     return model.eval().to(device)

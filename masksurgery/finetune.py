@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -125,7 +125,7 @@ def _open(model: ConvertedModel | str | Path, trust: bool) -> ConvertedModel:
     """The converted model that the run trains; a ConfigError for a packed one."""
     opened = copy.deepcopy(model) if isinstance(model, Ensemble) else load(model, trust=trust)
     refuse_packed(opened, "finetune")
-    return opened
+    return cast(ConvertedModel, opened)
 
 
 @contextmanager

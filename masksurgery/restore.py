@@ -17,6 +17,8 @@ from masksurgery.factory import Recipe, from_recipe
 from masksurgery.folders import SavedModel
 from masksurgery.inputs import make_inputs
 from masksurgery.layout import layout_of
+from masksurgery.model import ConvertedModel
+from masksurgery.pack import PackedModel, pack
 from masksurgery.rebuild import class_name
 from masksurgery.record import AGAIN, Record
 from masksurgery.sources import one_line
@@ -27,16 +29,25 @@ from masksurgery.weights import check_keys, parameter_groups
 def restore_base(saved: SavedModel, base: nn.Module | None, trust: bool) -> nn.Module:
     """The base model with the saved weights, and the dtype and the pretrained_cfg of the record.
 
+    The folder of a packed model does not hold these weights: they are all ones then.
+
     Args:
         base: It, with any weights, where the record does not say how to make it. It is not changed.
         trust: Run the user's own factory that the record names.
     Raises:
         CheckpointError: It cannot be made, or is of another architecture.
     """
-    own = copy_module(base) if base is not None else _make_base(saved.record, saved.config, trust)
-    _check_state(own, saved)
-    _fill(own, saved)
-    cfg = saved.record.pretrained_cfg
+    record = saved.record
+    own = copy_module(base) if base is not None else _make_base(record, saved.config, trust)
+    if record.dtype is not None:
+        own.to(getattr(torch, record.dtype))
+    if record.packed is None:
+        _check_state(own, saved, f"the base model {type(own).__name__}")
+        _fill(own, saved)
+    else:
+        for parameter in own.parameters():
+            parameter.data.fill_(1)  # what nobody has set yet may be NaN, and NaN is not like itself
+    cfg = record.pretrained_cfg
     if cfg is not None:
         own.pretrained_cfg = {key: as_tuples(value) for key, value in cfg.items()}  # type: ignore[assignment]
     return own
@@ -54,6 +65,28 @@ def restore_draft(saved: SavedModel, base: nn.Module) -> Draft:
     draft = _trace(record, base, record.config(after), path)
     _check_sites(draft, record.sites, path)
     return draft
+
+
+def restore_packed(saved: SavedModel, converted: ConvertedModel) -> PackedModel:
+    """The packed model with the saved weights.
+
+    Args:
+        converted: Of the recorded sites and masks, with any weights: what can be cut out depends on the masks alone.
+    Raises:
+        CheckpointError: The file has other keys or shapes than what `pack` makes of it.
+    """
+    packing = saved.record.packed
+    assert packing is not None
+    model = pack(converted, packing.layout, dense=packing.dense)
+    try:
+        _check_state(model, saved, f"the packed model {type(model).__name__}")
+    except CheckpointError as error:
+        version = saved.record.versions.get("masksurgery")
+        raise CheckpointError(
+            f"{error} It was packed by masksurgery {version}: pack the converted model again, or use that version."
+        ) from error
+    _fill(model, saved)
+    return model
 
 
 def _make_base(record: Record, path: Path, trust: bool) -> nn.Module:
@@ -74,34 +107,32 @@ def _make_base(record: Record, path: Path, trust: bool) -> nn.Module:
     return base
 
 
-def _check_state(base: nn.Module, saved: SavedModel) -> None:
-    """Raise unless the base model has the saved keys and shapes, and the same tied parameters."""
-    check_keys(saved.state, base.state_dict(), saved.weights, model=f"the base model {type(base).__name__}")
+def _check_state(model: nn.Module, saved: SavedModel, called: str) -> None:
+    """Raise unless a model has the saved keys and shapes, and the same tied parameters."""
+    check_keys(saved.state, model.state_dict(), saved.weights, model=called)
     tied = {name: {name} for name in saved.record.aliases.values()}
     for name, first in saved.record.aliases.items():
         tied[first].add(name)
-    differ = parameter_groups(base) ^ set(map(frozenset, tied.values()))
+    differ = parameter_groups(model) ^ set(map(frozenset, tied.values()))
     if differ:
         names = ", ".join(sorted(next(iter(differ))))
-        where = "the base model" if next(iter(differ)) in parameter_groups(base) else "'aliases'"
+        where = called if next(iter(differ)) in parameter_groups(model) else "'aliases'"
         raise CheckpointError(
             f"{saved.config}: {names} are one tied parameter in {where} only. Pass the base model that was saved."
         )
 
 
-def _fill(base: nn.Module, saved: SavedModel) -> None:
-    """Give the base model the saved dtypes and values."""
-    if saved.record.dtype is not None:
-        base.to(getattr(torch, saved.record.dtype))
-    for name, tensor in base.state_dict(keep_vars=True).items():
+def _fill(model: nn.Module, saved: SavedModel) -> None:
+    """Give a model the saved dtypes and values."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
         value = saved.state[name]
         if tensor.dtype != value.dtype:
             if tensor.is_floating_point() != value.is_floating_point():
                 raise CheckpointError(
-                    f"{saved.weights}: '{name}' is {value.dtype}, not {tensor.dtype} as in the base model. {AGAIN}."
+                    f"{saved.weights}: '{name}' is {value.dtype}, not {tensor.dtype} as in the model. {AGAIN}."
                 )
             tensor.data = tensor.data.to(value.dtype)
-    base.load_state_dict(saved.state, strict=True)
+    model.load_state_dict(saved.state, strict=True)
 
 
 def as_tuples(value: Any) -> Any:

@@ -384,7 +384,7 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     base, model = small()
-    with pytest.raises(masksurgery.ConfigError, match="save takes a converted model, not Small"):
+    with pytest.raises(masksurgery.ConfigError, match="save takes a converted or packed model, not Small"):
         masksurgery.save(base, tmp_path / "a")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: cannot be written"):

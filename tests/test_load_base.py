@@ -211,5 +211,5 @@ def test_too_few_names_are_not_used(tmp_path: Path) -> None:
 
 
 def test_save_takes_no_base_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="save takes a converted model, not Small"):
+    with pytest.raises(ConfigError, match="save takes a converted or packed model, not Small"):
         masksurgery.save(Small(), tmp_path)
