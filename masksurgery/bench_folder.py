@@ -48,8 +48,8 @@ def open_variants(
     wanted = against if against is not None else (BASE,) if is_packed else AGAINST
     if is_packed and (missing := [name for name in wanted if name != BASE]):
         raise ConfigError(
-            f"{directory} holds a packed model, which {' and '.join(missing)} cannot be made of. Give the folder of "
-            f"the converted model that it was packed from, or --against base."
+            f"{directory} holds a packed model, and '{missing[0]}' needs the converted one. Give the folder that it "
+            f"was packed from, or --against base."
         )
     base = _make(BASE, model, directory, trust)
     with conditions.hold():

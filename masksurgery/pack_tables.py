@@ -14,7 +14,7 @@ from masksurgery.macs import Macs
 from masksurgery.pack import Barrier, PackedModel
 from masksurgery.tables import short
 
-COLUMNS = ("batch", "model", "ms", "IQR", "images/s", "to base", "MiB", "MACs", "weights")
+COLUMNS = ("batch", "model", "ms", "IQR", "images/s", "to base", "MiB", "MACs", "params")
 
 
 def bench_table(title: str, bench: Bench) -> RenderableType:

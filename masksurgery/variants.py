@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from masksurgery.inputs import random_inputs
+from masksurgery.sources import one_line
+from masksurgery.types import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,21 @@ class Conditions:
         threads: Of torch, on the CPU.
         device: As torch names it.
         channels_last: Weights and images have this memory format.
+    Raises:
+        ConfigError: There are no such threads, or no such device.
     """
 
     threads: int
     device: str = "cpu"
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError(f"threads={self.threads} is too small. Pass at least 1.")
+        try:
+            torch.zeros((), device=self.device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+            raise ConfigError(f"device={self.device!r} cannot be used: {one_line(error)}. Pass 'cpu'.") from error
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model itself in eval mode, its weights moved."""

@@ -161,14 +161,19 @@ def test_machine_and_versions_are_told() -> None:
         ({"batches": [8, 8]}, r"batches=\[8, 8\] is empty or has something twice. Pass each of them once"),
         ({"batches": [1, 0]}, r"batch=0 is too small. Pass at least 1"),
         ({"repeats": 3}, r"repeats=3 is too small. Pass at least 4"),
-        ({"conditions": Conditions(0)}, r"threads=0 is too small. Pass at least 1"),
-        ({"conditions": Conditions(1, "abacus")}, r"(?s)device='abacus' cannot be used: .*Pass device='cpu'"),
     ],
 )
 def test_what_cannot_be_measured(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"variants": slow(0.0), "batches": [1], "conditions": ONE, **change}
     with pytest.raises(ConfigError, match=message):
         measure(**arguments)
+
+
+def test_conditions_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"threads=0 is too small. Pass at least 1"):
+        Conditions(0)
+    with pytest.raises(ConfigError, match=r"device='abacus' cannot be used: .*Pass 'cpu'"):
+        Conditions(1, "abacus")
 
 
 def test_channels_last_reaches_weights_and_images() -> None:
