@@ -84,5 +84,14 @@ def finish(
     )
     sliced.graph.output(sliced.graph.call_module(name, (collected, Assignment(1, None, True))))
     sliced.sweep()
+    if dense:
+        _channels_last(sliced.root)
     sliced.graph.lint()
     return PackedModel(sliced.root, sliced.graph, model, layout, dense, list(sliced.barriers.values()), name)
+
+
+def _channels_last(root: nn.Module) -> None:
+    """Lay out the weights of convolutions so that their outputs have the channels last in memory."""
+    for module in root.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

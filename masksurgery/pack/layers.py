@@ -31,13 +31,21 @@ class CutLayer:
     outputs: Tensor | None
 
 
-def cut_layer(operation: Operation, member: Member, keep: Mapping[int, Tensor]) -> CutLayer:
+def cut_layer(
+    operation: Operation,
+    member: Member,
+    keep: Mapping[int, Tensor],
+    live: Mapping[int, Tensor] | None = None,
+    every_input: bool = False,
+) -> CutLayer:
     """Cut a layer on both sides: to the outputs that are kept, and to the inputs that are no constants.
 
     A grouped convolution keeps the groups that have an output, each with as many channels as the largest of them.
 
     Args:
         keep: What is kept of its output.
+        live: What of that is not zero; None for all.
+        every_input: Read all inputs, with weights of zero for those that it would not read.
     """
     layer = operation.layer
     assert layer is not None
@@ -47,13 +55,21 @@ def cut_layer(operation: Operation, member: Member, keep: Mapping[int, Tensor]) 
     wanted[keep.get(layer.dim, slice(None))] = True
     rows, columns = wanted.reshape(groups, -1), ~foldable.reshape(groups, -1)
     alive = rows.any(1).nonzero().reshape(-1)
-    rows, columns = _largest_first(rows[alive]), _largest_first(columns[alive])
+    unread = columns.new_zeros(columns.shape) if not every_input else ~columns
+    rows, columns = _largest_first(rows[alive]), _largest_first(columns[alive] | unread[alive])
     inputs = (alive[:, None] * (len(foldable) // groups) + columns).reshape(-1)
     outputs = (alive[:, None] * (channels // groups) + rows).reshape(-1)
     left_out = foldable.clone()
-    left_out[inputs] = False
+    left_out[inputs[~unread.reshape(-1)[inputs]]] = False
     bias = folded_bias(operation, member, left_out)[outputs] if layer.has_bias or (left_out & ~zero).any() else None
-    module = _with_weights(layer, layer.weight(alive, rows, columns), bias)
+    weight = layer.weight(alive, rows, columns)
+    if every_input:
+        weight = weight * ~unread.to(weight.device).reshape(1, 1, -1, *[1] * (weight.dim() - 3))
+    if live is not None:
+        made = torch.isin(outputs, live[layer.dim]).to(weight.device)
+        weight = weight * made.reshape(1, -1, *[1] * (weight.dim() - 2))
+        bias = None if bias is None else bias * made
+    module = _with_weights(layer, weight, bias)
     return CutLayer(
         module,
         layer.dim,

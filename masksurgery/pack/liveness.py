@@ -222,7 +222,7 @@ def _applied(operation: Operation, member: Member, inputs: list[Known]) -> list[
     if is_product(operation, member.net):
         for known in aligned:
             zero = zero | known.zero
-    elif not operation.constants and _keeps_zero(operation, member.net):
+    elif not operation.constants and keeps_zero(operation, member.net):
         zero = torch.ones([1] * rank, dtype=torch.bool)
         for known in aligned:
             zero = zero & known.zero
@@ -245,7 +245,8 @@ def is_product(operation: Operation, net: Network) -> bool:
     return operation.module is None and name.strip("_") in ("mul", "multiply") and not operation.node.kwargs
 
 
-def _keeps_zero(operation: Operation, net: Network) -> bool:
+def keeps_zero(operation: Operation, net: Network) -> bool:
+    """It makes zeros of zeros."""
     value = _evaluate(operation, net, [torch.zeros(1, dtype=torch.float64)] * len(operation.inputs))
     return value is not None and not value.any()
 
@@ -508,9 +509,13 @@ def _only_sized(member: Member, node: fx.Node) -> bool:
     return any(member.operations[user].family == "size" for user in node.users)
 
 
-def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> dict[Place, dict[int, Tensor]]:
+Keeps = dict[Place, Mapping[int, Tensor]]
+"""For each tensor the dimensions that are cut, and the indices that are kept there, in order."""
+
+
+def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> Keeps:
     """For each tensor the dimensions that are cut, and the indices that are kept there."""
-    keep: dict[Place, dict[int, Tensor]] = {}
+    keep: Keeps = {}
     for place, pattern in needed.items():
         if place[0] not in member.net.dependent:
             continue

@@ -15,6 +15,7 @@ from masksurgery.pack.layers import cut_layer
 from masksurgery.pack.liveness import Known, Member, find_keep, find_needed, kept_dims
 from masksurgery.pack.moves import Variant, find_move
 from masksurgery.pack.network import Enter, Network
+from masksurgery.pack.widening import Widening, is_sum, widen
 from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, widened
 
 Keep = Mapping[int, Tensor]
@@ -41,6 +42,7 @@ class Sliced:
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: nn.Module = field(default_factory=nn.Module)
     barriers: dict[str, Barrier] = field(default_factory=dict)
+    done: dict[Any, fx.Node] = field(default_factory=dict)
 
     def add(self, target: str, module: nn.Module) -> str:
         """Register a module under a dotted name, with underscores until the name is free; that name."""
@@ -92,6 +94,8 @@ class Slicer:
         self.prefix = f"members.{member.index}"
         self.needed = find_needed(member)
         self.keep = find_keep(member, self.needed)
+        self.widening = widen(member, self.keep) if dense else Widening()
+        self.keep.update({(node, 0): keep for node, keep in self.widening.keep.items()})
         self.env: dict[fx.Node, Any] = {}
         self.cut: dict[Any, fx.Node] = {}
 
@@ -183,23 +187,23 @@ class Slicer:
         return self.sliced.constant(f"{self.prefix}.{node.target}", value.clone())
 
     def copy(self, operation: Operation, values: Mapping[fx.Node, Any], variant: Variant | None = None) -> fx.Node:
-        """The node itself on other tensors."""
+        """The node itself on other tensors; what another member has done to the same tensors is not done again."""
         node = operation.node
 
         def value(source: fx.Node) -> Any:
             return values[source] if source in values else self.value(source)
 
-        if operation.module is not None or node.op == "call_module":
-            module = operation.module if operation.module is not None else self.net.module(node)
-            assert module is not None
-            target = self.module(node, module)
-            if operation.module is not None:
-                return self.sliced.graph.call_module(target, tuple(values[place[0]] for place in operation.inputs))
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            return self.sliced.graph.call_module(target, args, kwargs)
         run: Any = node if variant is None else variant
         args, kwargs = fx.map_arg((tuple(run.args), dict(run.kwargs)), value)
-        return self.sliced.graph.create_node(run.op, run.target, args, kwargs, node.name)
+        module = operation.module if operation.module is not None else self.net.module(node)
+        if operation.module is not None:
+            args, kwargs = tuple(values[place[0]] for place in operation.inputs), {}
+        key = (node, repr((args, kwargs)))
+        if key not in self.sliced.done:
+            target = run.target if module is None else self.module(node, module)
+            op = run.op if module is None else "call_module"
+            self.sliced.done[key] = self.sliced.graph.create_node(op, target, args, kwargs, node.name)
+        return self.sliced.done[key]
 
     def module(self, node: fx.Node, module: nn.Module) -> str:
         """The name of a module that all members share."""
@@ -237,7 +241,7 @@ class Slicer:
         scale = self.member.operations.folding.rescale[operation.node]
         dim = self.net.masks[str(operation.node.args[1])].channel_dim % len(shape_of(self.net, (operation.node, 0)))
         mask = self.member.mask(operation)[keep.get(dim, slice(None))]
-        if not mask.all():
+        if not mask.all() and operation.node not in self.widening.passed:
             weights = (mask * scale).to(self._device(), self._dtype())
             return self.sliced.call(f"{self.prefix}.{operation.node.name}", ChannelAffine(dim, weights, None), x)
         return x if scale == 1 else self.sliced.graph.call_function(operator.mul, (x, scale))
@@ -247,7 +251,8 @@ class Slicer:
 
     def layer(self, operation: Operation) -> fx.Node:
         node, place = operation.node, operation.inputs[0]
-        cut = cut_layer(operation, self.member, self.kept((node, 0)))
+        live, every = self.widening.zero_rows.get(node), node in self.widening.zero_columns
+        cut = cut_layer(operation, self.member, self.kept((node, 0)), live, every)
         others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
         found = self.sliced.call(f"{self.prefix}.{node.target}", cut.module, self.get(place, inputs))
@@ -277,9 +282,7 @@ class Slicer:
 
     def _index_add(self, operation: Operation, keep: Keep) -> fx.Node | None:
         """A sum of a whole and of a branch that has fewer channels and zeros for the rest; None if it is another."""
-        if name_of(self.net, operation.node).strip("_") != "add" or len(operation.inputs) != 2 or operation.constants:
-            return None
-        if operation.node.kwargs or len({shape_of(self.net, place) for place in operation.inputs}) > 1:
+        if not is_sum(operation, self.member):
             return None
         one, other = operation.inputs
         for base, branch in ((one, other), (other, one)):
