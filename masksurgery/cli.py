@@ -17,6 +17,7 @@ from masksurgery.options import (
     After,
     Directory,
     Exclude,
+    Heads,
     ImgSize,
     InChans,
     Include,
@@ -108,6 +109,7 @@ def inspect(
     exclude: Exclude = None,
     tie: Tie = None,
     multiple_of: MultipleOf = 1,
+    heads: Heads = False,
     task: Task = "classification",
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -115,7 +117,8 @@ def inspect(
     model_kwargs: ModelKwargs = None,
 ) -> None:
     """Show what would be masked, what not and why, and what it costs. Needs no weights and writes nothing."""
-    settings = check_settings(n, scale, where, after, include, exclude, task, tie=tie, multiple_of=multiple_of)
+    cheaper = {"tie": tie, "multiple_of": multiple_of, "heads": heads}
+    settings = check_settings(n, scale, where, after, include, exclude, task, **cheaper)
     kwargs = parse_object(model_kwargs)
     from masksurgery.macs import conversion_macs
     from masksurgery.tables import inspection, out, step
@@ -145,6 +148,7 @@ def convert(
     exclude: Exclude = None,
     tie: Tie = None,
     multiple_of: MultipleOf = 1,
+    heads: Heads = False,
     task: Task = "classification",
     train_mode: TrainMode = "split",
     no_rescale: Annotated[bool, typer.Option("--no-rescale", help="Do not divide by the kept share.")] = False,
@@ -162,7 +166,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Convert a model into an ensemble, and save it in a folder."""
-    more = {"tie": tie, "multiple_of": multiple_of}
+    more = {"tie": tie, "multiple_of": multiple_of, "heads": heads}
     more |= {"train_mode": train_mode, "rescale": not no_rescale, "seed": seed}
     settings = check_settings(n, scale, where, after, include, exclude, task, **more)
     kwargs = parse_object(model_kwargs)

@@ -63,6 +63,7 @@ def convert(
     rescale: bool = True,
     tie: Tie | None = None,
     multiple_of: int = 1,
+    heads: bool = False,
     seed: int = 0,
     heteroscedastic: bool = False,
     example_inputs: Any = None,
@@ -85,6 +86,7 @@ def convert(
         rescale: Divide the kept channels by the kept share, as dropout does.
         tie: "stream": the sites whose outputs are added into one residual stream share their masks.
         multiple_of: Every mask keeps a multiple of so many channels, where that leaves any out.
+        heads: Mask whole attention heads too, on the path of their values.
         seed: For the masks; every site has a stream of its own.
         heteroscedastic: With `task="regression"`: the model returns a mean and a log-variance.
         example_inputs: One forward's args (a tuple) or kwargs (a dict); by default an image as
@@ -103,7 +105,7 @@ def convert(
     config = ConvertConfig(
         n, scale, resolve_types(after, model), where, None if include is None else _several(include), _several(exclude),
         task, class_dim, train_mode, rescale, seed, heteroscedastic, tuple(unbatched), tie,
-        multiple_of,
+        multiple_of, heads,
     )  # fmt: skip
     draft = Draft.of(model, config, example_inputs)
     selection = find_sites(draft.region, config)

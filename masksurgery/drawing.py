@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,4 +32,6 @@ def draw_masks(sites: Sequence[Site], config: ConvertConfig) -> dict[str, np.nda
 def _draw(site: Site, config: ConvertConfig) -> np.ndarray:
     name = f"stream of {site.layer}" if site.stream else site.layer
     seed = site_seed(config.seed, name, site.call)
-    return generate_masks(site.channels, config.n, config.scale, seed=seed, multiple_of=config.multiple_of)
+    drawn, width = (site.heads, site.channels // site.heads) if site.heads else (site.channels, 1)
+    multiple_of = config.multiple_of // math.gcd(config.multiple_of, width)  # of heads, to be one of channels
+    return generate_masks(drawn, config.n, config.scale, seed=seed, multiple_of=multiple_of).repeat(width, axis=1)

@@ -254,13 +254,13 @@ class Flow:
     def _crossing(self, node: fx.Node, reader: fx.Node) -> str | None:
         if reader.op == "output":
             return None
-        if self._is_attention(reader):
+        if self.is_attention(reader):
             names = ("query", "key", "value")
             roles = {**dict(zip(names, reader.args, strict=False)), **reader.kwargs}
             return ATTENTION if roles.get("value") is not node else None
         if reader.target is F.grid_sample:
             return GRID if node in (*reader.args[1:2], reader.kwargs.get("grid")) else None
-        kind = self._gate_kind(self.facts[reader], reader)
+        kind = self.gate_kind(self.facts[reader], reader)
         if kind is None or not self._only_multiplies(reader, kind == "softmax"):
             return None
         return "gate: it only scales another branch" if kind == "gate" else ATTENTION
@@ -272,18 +272,18 @@ class Flow:
         source: fx.Node = node
         while len(self.data_inputs(source)) == 1:
             (source,) = self.data_inputs(source)
-            if self._gate_kind(self.facts[source], source) == "softmax":
+            if self.gate_kind(self.facts[source], source) == "softmax":
                 return True
             if not set(self.facts[source].kinds) <= {"move", "pointwise", "mix", "product"}:
                 return False
         return False
 
-    def _is_attention(self, node: fx.Node) -> bool:
+    def is_attention(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.root.get_submodule(str(node.target)), nn.MultiheadAttention)
         return node.op == "call_function" and node.target is F.scaled_dot_product_attention
 
-    def _gate_kind(self, fact: Facts, node: fx.Node) -> str | None:
+    def gate_kind(self, fact: Facts, node: fx.Node) -> str | None:
         computing = [kind for kind in fact.kinds if kind in COMPUTING]
         if computing and computing[-1] in ("gate", "softmax"):
             return computing[-1]

@@ -47,6 +47,7 @@ MultipleOf = Annotated[
     int,
     typer.Option("--multiple-of", metavar="K", help="Every mask keeps a multiple of so many channels, such as 8."),
 ]
+Heads = Annotated[bool, typer.Option("--heads", help="Mask whole attention heads too.")]
 TrainMode = Annotated[
     str,
     typer.Option(

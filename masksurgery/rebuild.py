@@ -62,6 +62,7 @@ def describe(model: Ensemble, aliases: Mapping[str, str], path: Path, packed: Pa
         where=config.where,
         tie=config.tie,
         multiple_of=int(config.multiple_of),
+        heads=bool(config.heads),
         output=cast(Any, model.head_module.output),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         inputs=Inputs(tuple(model.inputs["args"]), dict(model.inputs["kwargs"])),

@@ -160,6 +160,7 @@ class Record:
     packed: Packing | None = None
     tie: Tie | None = None
     multiple_of: int = 1
+    heads: bool = False
 
     def config(self, after: Sequence[type] | None = None) -> ConvertConfig:
         """The settings of `convert`, without the selectors, which the recorded sites stand for."""

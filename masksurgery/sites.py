@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from masksurgery.axes import Axis
 from masksurgery.candidates import Candidate, select_candidates
 from masksurgery.flow import Flow
+from masksurgery.heads import find_heads
 from masksurgery.kinds import is_layer, rank_of
 from masksurgery.layout import layout_of
 from masksurgery.regions import Region
@@ -41,8 +42,11 @@ def find_sites(region: Region, config: ConvertConfig) -> Selection:
         SiteError: Nothing is selected; a layer that `include` names in full cannot be masked.
     """
     candidates, left_out = select_candidates(region, config)
-    find = _find_head if config.where == "head" else _find_all
-    sites, skipped = find(Flow(region), candidates)
+    flow = Flow(region)
+    if config.where == "head":
+        sites, skipped = _find_head(flow, candidates)
+    else:
+        sites, skipped = _find_all(flow, candidates, find_heads(flow, candidates) if config.heads else {})
     skipped += left_out
     if not sites:
         reasons = "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:5])
@@ -81,7 +85,9 @@ def unused_name(name: str, taken: set[str]) -> str:
 # --- masks after the layers ------------------------------------------------------------------------------------------
 
 
-def _find_all(flow: Flow, candidates: list[Candidate]) -> tuple[list[Site], list[Skipped]]:
+def _find_all(
+    flow: Flow, candidates: list[Candidate], heads: Mapping[fx.Node, Site | str]
+) -> tuple[list[Site], list[Skipped]]:
     sites: list[Site] = []
     skipped: list[Skipped] = []
     masked: dict[Axis, str] = {}
@@ -95,10 +101,14 @@ def _find_all(flow: Flow, candidates: list[Candidate]) -> tuple[list[Site], list
             reason = f"opaque: {here.region.caller}, which cannot be traced, calls it itself: what follows is not known"
             skipped.append(Skipped(candidate.layer, reason))
             continue
+        of_heads = heads.get(node)
+        if isinstance(of_heads, Site):
+            sites.append(of_heads)
+            continue
         chain = here.chain(node) if is_layer(candidate.module) else [node]
         site, region, reason = _judge(here, candidate, chain[-1], masked)
         if site is None:
-            skipped.append(Skipped(candidate.layer, reason))
+            skipped.append(Skipped(candidate.layer, of_heads or reason))
             continue
         others = [other for other in chain[1:] if other in by_node and is_layer(by_node[other].module)]
         in_chain.update(dict.fromkeys(chain[1:], candidate.layer))

@@ -102,6 +102,8 @@ def site_table(sites: Sequence[Site]) -> Table:
         layer = Text(site.layer + (f" (call {site.call + 1})" if site.call else ""), style="cyan")
         for other in site.chain:
             layer.append(f"\n  and {other}", style="dim")
+        if site.heads:
+            layer.append(f"\n  {site.heads} heads", style="dim")
         if site.stream not in ("", site.mask):
             layer.append(f"\n  masks of {layers[site.stream]}", style="dim")
         fold = (str(site.fold) if site.fold > 1 else "",) if folded else ()

@@ -96,6 +96,8 @@ class Site:
         chain: Further candidate layers that the same mask serves (depthwise convolutions).
         readers: Nodes that read the masked tensor; empty for all of them.
         stream: Name of the first mask of the residual stream that shares its masks; empty if they are the site's own.
+        heads: Attention heads that the channels consist of, one after another, each of them masked as a whole; 0 if
+            single channels are masked. The layer is the one that makes the values.
         part: Name of the module whose own graph holds the node, inside of one that cannot be traced; else empty.
     """
 
@@ -113,6 +115,7 @@ class Site:
     part: str = ""
     outer: int = 1
     stream: str = ""
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ class ConvertConfig:
     unbatched: tuple[str, ...] = ()
     tie: Tie | None = None
     multiple_of: int = 1
+    heads: bool = False
 
     def __post_init__(self) -> None:
         check_masks_arguments(self.n, self.scale)
@@ -187,6 +191,8 @@ class ConvertConfig:
         check_choice("train_mode", self.train_mode, TRAIN_MODES)
         if self.tie not in (None, "stream"):
             raise ConfigError(f'tie={self.tie!r} is not "stream", for masks that a residual stream shares, nor None.')
+        if self.heads and self.where == "head":
+            raise ConfigError('heads=True masks attention inside of the network, and where="head" only its end.')
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a non-negative integer.")
         if self.heteroscedastic and self.task != "regression":

@@ -137,7 +137,7 @@ def test_a_missing_or_an_unknown_field(path: tuple[str | int, ...], folder: Path
             config = config[step]
         return config
 
-    optional = {"pretrained_cfg", "temperature", "threshold", "packed", "tie", "multiple_of", "stream"}
+    optional = {"pretrained_cfg", "temperature", "threshold", "packed", "tie", "multiple_of", "heads", "stream"}
     optional |= {"fold", "chain", "readers", "part", "parts", "outer"}
     change_config(folder, lambda config: parent(config).pop(path[-1]))
     if path[-1] not in optional:

@@ -151,6 +151,18 @@ def test_inspect_lists_every_layer_in_80_columns(run: Callable[..., Result], nam
     assert next(line.split()[-1] for line in lines if "repeated" in line) == "4.000"
 
 
+def test_inspect_shows_heads_and_streams(run: Callable[..., Result]) -> None:
+    options = ("--heads", "--tie", "stream", "--multiple-of", 16)
+    lines = [line.strip() for line in run("inspect", "test_vit", *options).out.splitlines()]
+    row = next(i for i, line in enumerate(lines) if line.startswith("blocks.0.attn.qkv "))
+    assert lines[row].split()[2:] == ["64", "32"] and lines[row + 1] == "2 heads"
+    assert lines.count("masks of patch_embed.proj") == 12  # proj and fc2 of six blocks
+    assert not any(line.startswith("masks of patch_embed.proj") for line in lines[:row])
+    sites = json.loads(run("inspect", "test_vit", "--json", *options).out)["sites"]
+    assert {(site["heads"], site["ones"]) for site in sites if site["layer"].endswith("qkv")} == {(2, 32)}
+    assert [site["layer"] for site in sites if site["stream"] == site["mask"]] == ["patch_embed.proj"]
+
+
 def test_inspect_changes_the_model_as_it_is_told(run: Callable[..., Result]) -> None:
     options = (
         "--num-classes",
@@ -344,6 +356,8 @@ def test_a_checkpoint_for_other_classes_and_pixels(run: Callable[..., Result], t
         ("test_resnet --n four", "Invalid value for '--n'"),
         ("test_resnet --scale 0.9", "scale=0.9 is not a finite number of at least 1"),
         ("test_resnet --scale nan", "scale=nan is not a finite number of at least 1"),
+        ("test_resnet --heads", "heads=True finds no attention in ResNet"),
+        ("test_vit --heads --where head", "heads=True masks attention inside of the network"),
         ("test_resnet --tie block", "tie='block' is not \"stream\""),
         ("test_resnet --multiple-of 0", "multiple_of=0 is not a positive integer"),
         ("test_resnet --where body", "where='body' is not one of 'all', 'head'"),

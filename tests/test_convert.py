@@ -67,6 +67,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "heteroscedastic": ({"heteroscedastic": True}, ConfigError, r"heteroscedastic=True needs task=\"regression\""),
     "two outputs": ({"heteroscedastic": True, "task": "regression"}, ConfigError, r"needs two outputs of one shape"),
     "tie": ({"tie": "block"}, ConfigError, r"tie='block' is not \"stream\".* nor None"),
+    "heads": ({"heads": True}, SiteError, r"heads=True finds no attention in Sequential: no softmax"),
+    "heads in the head": ({"heads": True, "where": "head"}, ConfigError, r"heads=True masks attention inside"),
     "multiple_of=0": ({"multiple_of": 0}, MaskError, r"multiple_of=0 is not a positive integer"),
     "multiple_of=1.5": ({"multiple_of": 1.5}, MaskError, r"multiple_of=1.5 is not a positive integer"),
     "unbatched": (
@@ -204,7 +206,7 @@ def test_record() -> None:
     assert (record["n"], record["scale"], record["seed"]) == (3, 1.7, 5)
     assert record["sites"][0] == {
         "layer": "0", "call": 0, "node": "_2", "mask": "_0_mask", "channels": 8, "ones": 5, "batch_dim": 0,
-        "channel_dim": 1, "fold": 1, "chain": [], "readers": [], "part": "", "outer": 1, "stream": "",
+        "channel_dim": 1, "fold": 1, "chain": [], "readers": [], "part": "", "outer": 1, "stream": "", "heads": 0,
     }  # fmt: skip
     assert record["skipped"] == [{"layer": "8", "reason": model.surgery.skipped[0].reason}]
     assert any("fine-tune" in note for note in record["notes"])

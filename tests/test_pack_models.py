@@ -84,14 +84,6 @@ def test_single_precision_at_full_size(name: str, layout: str) -> None:
         assert_packed(masksurgery.pack(model, layout, dense=dense), model, x)
 
 
-@models
-def test_nothing_stands_in_the_way(name: str) -> None:
-    """These models have no operator that would have to be computed at full width."""
-    with torch.device("meta"):
-        base = timm.create_model(name).eval()
-    assert masksurgery.pack(masksurgery.convert(base), "unrolled", dense=False).barriers == ()
-
-
 @pytest.mark.slow
 def test_resnet50_is_packed_in_less_than_five_seconds() -> None:
     model = masksurgery.convert(timm.create_model("resnet50").eval())

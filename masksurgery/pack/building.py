@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.layers import Assignment

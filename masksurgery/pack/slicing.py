@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from masksurgery.pack.families import Operation, Place as TensorPlace, name_of, shape_of
+from masksurgery.pack.families import Operation, name_of, shape_of
+from masksurgery.pack.families import Place as TensorPlace
 from masksurgery.pack.layers import cut_layer
 from masksurgery.pack.liveness import Known, Member, find_keep, find_needed, kept_dims
 from masksurgery.pack.moves import Variant, find_move
 from masksurgery.pack.network import Enter, Network
-from masksurgery.pack.widening import Widening, is_sum, widen
 from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, widened
+from masksurgery.pack.widening import Widening, is_sum, widen
 
 Keep = Mapping[int, Tensor]
 """For each dimension that is cut the indices that are kept, in order."""

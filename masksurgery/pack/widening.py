@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
 
 from masksurgery.pack.families import Operation, name_of, shape_of
@@ -28,30 +27,60 @@ class Widening:
         zero_rows: Layers that make zeros for the output channels that they would not have to make: what they had to.
         zero_columns: Layers that read, and do not use, input channels that they would not have to read.
         passed: Masks that are not computed, because a layer before or after them does it.
+        full: Tensors with zeros for the channels that are not needed.
     """
 
     keep: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_rows: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_columns: set[fx.Node] = field(default_factory=set)
     passed: set[fx.Node] = field(default_factory=set)
+    full: set[fx.Node] = field(default_factory=set)
 
 
 def widen(member: Member, keeps: Keeps) -> Widening:
-    """Choose what to compute densely: the branches of sums, and what is made of a tensor that all members share."""
+    """Choose what to compute densely: sums with their branches, and what is made of a tensor that all members share."""
     result = Widening()
     for node in member.net.graph.nodes:
-        if node not in member.net.dependent or node.op == "output" or (node, 0) not in keeps:
+        if node not in member.net.dependent or (node, 0) not in keeps:
             continue
         operation = member.operations[node]
         if operation.family == "mask" and operation.inputs[0][0] not in member.net.dependent:
             _absorb(member, keeps, node, result)
-    for node in reversed(member.net.graph.nodes):
-        if node in member.net.dependent and node.op != "output" and (node, 0) in keeps:
-            operation = member.operations[node]
-            if is_sum(operation, member):
-                for place in operation.inputs:
-                    _fill_branch(member, keeps, place[0], keeps[node, 0], result)
+        elif is_sum(operation, member):
+            _widen_sum(operation, member, keeps, result)
+        elif operation.layer is not None and operation.layer.groups == 1 and operation.inputs[0][0] in result.keep:
+            result.zero_columns.add(node)
+        elif _keeps_channels(operation, member) and operation.inputs[0][0] in result.full:
+            result.keep[node] = {}
+            result.full.add(node)
     return result
+
+
+def _keeps_channels(operation: Operation, member: Member) -> bool:
+    """Zeros in its input are zeros in its output."""
+    if operation.family == "elementwise":
+        return len(operation.inputs) == 1 and not operation.constants and keeps_zero(operation, member.net)
+    return operation.family == "same"
+
+
+def _widen_sum(operation: Operation, member: Member, keeps: Keeps, result: Widening) -> None:
+    """Let a sum have all channels, if what it adds can have them."""
+    chains = []
+    for place in operation.inputs:
+        is_full = place[0] in result.full or (place[0] not in result.keep and not keeps.get(place))
+        chain = [] if is_full else _branch(member, keeps, place[0], result)
+        if chain is None:
+            return
+        chains.append(chain)
+    for chain in chains:
+        for node in chain:
+            result.keep[node] = {}
+            if member.operations[node].family == "mask":
+                result.passed.add(node)
+        if chain:
+            result.zero_rows[chain[-1]] = keeps[chain[-1], 0]
+    result.keep[operation.node] = {}
+    result.full.add(operation.node)
 
 
 def is_sum(operation: Operation, member: Member) -> bool:
@@ -63,51 +92,32 @@ def is_sum(operation: Operation, member: Member) -> bool:
     return len({shape_of(member.net, place) for place in operation.inputs}) == 1
 
 
-def _fill_branch(member: Member, keeps: Keeps, node: fx.Node, wanted: Keep, result: Widening) -> None:
-    """Let the layer at the beginning of a branch make the zeros that the sum needs."""
-    chain: list[tuple[fx.Node, Keep]] = []
+def _branch(member: Member, keeps: Keeps, node: fx.Node, result: Widening) -> list[fx.Node] | None:
+    """The nodes from what a sum adds back to the layer that makes it, which can make zeros for the channels that it
+    lacks; None if there is no such layer."""
+    if bool(_constant(member, node).any()):
+        return None
+    chain: list[fx.Node] = []
     while True:
-        own = keeps.get((node, 0))
-        if own is None or node in result.keep or len(member.net.readers(node)) != 1:
-            return
-        if not chain and (not _holds(wanted, own) or bool((_constant(member, node)).any())):
-            return
-        chain.append((node, wanted))
+        if (node, 0) not in keeps or node in result.keep or len(member.net.readers(node)) != 1:
+            return None
+        chain.append(node)
         operation = member.operations[node]
-        if operation.family == "layer":
-            break
-        if operation.family == "move":
-            found = find_move(operation, member.net, member.labels, [wanted])
-            if found is None or len(operation.inputs) != 1:
-                return
-            wanted = found[0][0]
-        elif operation.family == "elementwise":
-            if len(operation.inputs) != 1 or operation.constants or not keeps_zero(operation, member.net):
-                return
-        elif operation.family not in ("mask", "same"):
-            return
+        if operation.layer is not None:
+            alone = operation.layer.groups == 1 and not set(keeps[node, 0]) - {operation.layer.dim}
+            return chain if alone and keeps[node, 0] else None
+        if operation.family == "move" and len(operation.inputs) == 1:
+            found = find_move(operation, member.net, member.labels, [{}])
+            if found is None or found[0][0]:
+                return None
+        elif operation.family != "mask" and not _keeps_channels(operation, member):
+            return None
         node = operation.inputs[0][0]
-    layer = operation.layer
-    if layer is None or layer.groups != 1 or set(wanted) - {layer.dim}:
-        return
-    result.zero_rows[node] = keeps[node, 0]
-    for changed, keep in chain:
-        result.keep[changed] = keep
-        if member.operations[changed].family == "mask":
-            result.passed.add(changed)
 
 
 def _constant(member: Member, node: fx.Node) -> Tensor:
     known = member.of((node, 0))
     return known.constant & ~known.zero
-
-
-def _holds(wanted: Keep, own: Keep) -> bool:
-    """There is more in the one than in the other, and all that is in the other."""
-    differ = {d for d in {*wanted, *own} if not (d in wanted and d in own and torch.equal(wanted[d], own[d]))}
-    return bool(differ) and all(
-        d in own and (d not in wanted or bool(torch.isin(own[d], wanted[d]).all())) for d in differ
-    )
 
 
 def _absorb(member: Member, keeps: Keeps, mask: fx.Node, result: Widening) -> None:
@@ -121,12 +131,12 @@ def _absorb(member: Member, keeps: Keeps, mask: fx.Node, result: Widening) -> No
             operation = member.operations[reader]
             if operation.layer is not None and operation.layer.groups == 1:
                 layers.add(reader)
-            elif _works_on_all(operation, member):
+            elif _works_on_all(operation, member) and keeps.get((reader, 0)):  # else it is no longer known what is zero
                 path.append(reader)
                 stack.append(reader)
             else:
                 return
-    result.keep.update(dict.fromkeys(path, {}))
+    result.keep.update({node: {} for node in path})
     result.zero_columns |= layers
     result.passed.add(mask)
 
