@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.layers import Assignment
