@@ -1,4 +1,4 @@
-"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate` and `predict`."""
+"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate`, `predict`, `pack` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from masksurgery.cli_bench import bench
 from masksurgery.cli_evaluate import demo, evaluate
 from masksurgery.cli_finetune import finetune
+from masksurgery.cli_pack import pack
 from masksurgery.options import (
     After,
     Directory,
@@ -280,3 +282,7 @@ def predict(
         write_csv(rows, csv_file)
     if broken:
         raise typer.Exit(1)
+
+
+app.command()(pack)
+app.command()(bench)

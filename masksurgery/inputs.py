@@ -113,3 +113,21 @@ def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cp
         return [make(part) for part in value] if isinstance(value, list) else value
 
     return make(list(description["args"])), make(dict(description["kwargs"]))
+
+
+def random_inputs(
+    description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[list[Any], dict[str, Any]]:
+    """Args and kwargs of a description: floating-point tensors drawn from a normal distribution, all else zeros.
+
+    Equal seeds give equal values on every device, and torch's default generator is not touched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+
+    args, kwargs = make_inputs(description, device)
+    return tree_map(draw, (args, kwargs))

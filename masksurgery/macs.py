@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from masksurgery.copying import copy_module, meta_copy
 from masksurgery.ensemble import Ensemble
 from masksurgery.inputs import bind, make_inputs, placeholder_values
-from masksurgery.model import ConvertedModel
 from masksurgery.types import TraceError
 
 
@@ -28,7 +27,7 @@ class Macs:
     Attributes:
         base: Of the base model.
         input_repeat: Of all members where the input is repeated: n times the base model.
-        late_repeat: Of the converted model, which repeats as late as it can.
+        late_repeat: Of the converted model, which repeats as late as it can; or of the packed one.
     """
 
     base: int
@@ -93,12 +92,12 @@ def _count(model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> int:
     return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
 
 
-def conversion_macs(base: nn.Module, converted: ConvertedModel) -> Macs:
+def conversion_macs(base: nn.Module, converted: Ensemble) -> Macs:
     """What a conversion costs, for one sample of the size of the example inputs.
 
     Args:
         base: The base model, which may have other weights. It is not changed.
-        converted: Converted from such a model.
+        converted: Converted from such a model, or packed then.
     Raises:
         TraceError: A model cannot be run without data.
     """
