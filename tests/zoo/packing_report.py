@@ -2,7 +2,7 @@
 
     python tests/zoo/packing_report.py    # writes packing.md again, for the installed timm; some minutes
 
-Everything is converted and packed with the defaults, large architectures without values: which channels are left depends
+Everything is converted and packed with the defaults, the large ones without values: which channels are left depends
 on the masks, and not on the weights.
 """
 
