@@ -103,8 +103,13 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings."""
-        record = {"conditions": asdict(self.conditions), "details": {k: dict(v) for k, v in self.details.items()}}
-        return {**record, "measurements": [self._row(m) for m in self.measurements], **self._place()}
+        return {
+            "conditions": asdict(self.conditions),
+            "details": {name: dict(details) for name, details in self.details.items()},
+            "measurements": [self._row(m) for m in self.measurements],
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+        }
 
     def _row(self, m: Measurement) -> dict[str, Any]:
         mib = {"peak_memory_mib": m.memory, "forward_memory_mib": m.peak, "weights_mib": m.weights}
@@ -114,9 +119,6 @@ class Bench:
             **{name: None if size is None else size / 2**20 for name, size in mib.items()},
             "macs": m.macs, "parameters": m.parameters, "seconds": list(m.seconds),
         }  # fmt: skip
-
-    def _place(self) -> dict[str, Any]:
-        return {"machine": dict(self.machine), "versions": dict(self.versions)}
 
     def write_json(self, file: Path, **more: Any) -> None:
         """Write `to_dict`, and more beside it; a CheckpointError if that fails."""

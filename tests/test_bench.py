@@ -232,6 +232,21 @@ def test_a_measurement_that_does_not_see_a_known_tensor_is_none(
     assert memory._measures_right(lambda _: None) is right
 
 
+def test_no_memory_where_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path)  # cannot be written to, whatever its mode
+    assert memory._measures_right(lambda _: None) is False
+
+
+def test_peak_on_cuda_is_above_what_stood_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 30),
+                        ("max_memory_allocated", 100)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, n=name, v=value: (done.append(n), v)[1])
+    assert memory.cuda_peak(lambda: done.append("run"), "cuda:1") == 70
+    assert done == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "run", "synchronize",
+                    "max_memory_allocated"]  # fmt: skip
+
+
 def test_shared_weights_count_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
     model[1].weight = model[0].weight

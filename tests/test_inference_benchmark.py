@@ -75,7 +75,7 @@ def test_variants_that_should_agree_do(script: ModuleType, models: ModuleType, n
     assert len(differences) == 4 - ("folded" in missing)
     assert max(differences.values()) < 1e-5
     made = {variant.name: variant for variant in variants}
-    assert {type(made[packed].model) for packed in models.PACKED if packed in made} == {PackedModel}
+    assert all(isinstance(made[packed].model, PackedModel) for packed in models.PACKED if packed in made)
     assert made["packed"].details["packing_seconds"] > 0
     macs = {key: count_macs(variant.model, *ONE.draw(variant.inputs(1))) for key, variant in made.items()}
     for four in ("repeat", "reference", "dropout", "ensemble"):
@@ -104,7 +104,7 @@ def test_dropout_is_as_strong_as_the_masks(models: ModuleType) -> None:
 def test_variants_that_differ_end_the_benchmark(script: ModuleType) -> None:
     inputs = {"args": [{"shape": [2, 3], "dtype": "float32"}], "kwargs": {}}
     variants = [Variant("base", nn.Identity(), lambda _: inputs), Variant("folded", nn.ReLU(), lambda _: inputs)]
-    with pytest.raises(SystemExit, match=r"These should agree to 1e-04, and do not: base, folded: \d"):
+    with pytest.raises(SystemExit, match=r"These should agree to 1e-03, and do not: base, folded: \d"):
         script.compare(variants, ONE)
 
 

@@ -36,7 +36,8 @@ MODELS = (
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- inference: begin -->\n", "<!-- inference: end -->\n"
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
+"""Relative: rounding in float32, which members of random networks enlarge. The tests prove more, in float64."""
 CHECKED = "resnet50"
 
 Results = dict[str, dict[str, Any]]

@@ -17,6 +17,7 @@ from masksurgery.pack.moves import Labels
 from masksurgery.pack.network import member_network
 from masksurgery.pack.packed import PackedModel
 from masksurgery.pack.parts import Collect
+from masksurgery.pack.reuse import reuse_memory
 from masksurgery.pack.slicing import Sliced, Slicer, build_shared
 from masksurgery.types import ConfigError, check_choice
 
@@ -84,6 +85,7 @@ def finish(
     )
     sliced.graph.output(sliced.graph.call_module(name, (collected, Assignment(1, None, True))))
     sliced.sweep()
+    reuse_memory(sliced.graph, sliced.root, sliced.sums)
     if dense:
         _channels_last(sliced.root)
     sliced.graph.lint()

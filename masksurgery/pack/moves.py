@@ -84,12 +84,17 @@ class _Value:
 
 def _labels(operation: Operation, net: Network) -> list[Tensor]:
     """The inputs as labels, which are alike for all samples."""
+    shapes = [shape_of(net, place) for place in operation.inputs]
+    return [x.expand(shape) for x, shape in zip(_samples(operation, net), shapes, strict=True)]
+
+
+def _samples(operation: Operation, net: Network) -> list[Tensor]:
+    """The labels of one sample."""
     given, start = [], 1
     for place in operation.inputs:
         shape = sample_shape(net, place)
         size = torch.Size(shape).numel()
-        labels = torch.arange(start, start + size, dtype=torch.float64).reshape(shape)
-        given.append(labels.expand(shape_of(net, place)))
+        given.append(torch.arange(start, start + size, dtype=torch.float64).reshape(shape))
         start += size
     return given
 
@@ -155,51 +160,57 @@ def find_move(
     if maps is None:
         return None
     node = operation.node
-    expected = []
-    for k, labels in enumerate(maps):
-        full = labels.expand(torch.broadcast_shapes(labels.shape, shape_of(net, (node, k))))
-        expected.append(_take(full, outputs[k]))
+    expected = [_take(labels, keep) for labels, keep in zip(maps, outputs, strict=True)]
+    shapes = [_cut_shape(shape_of(net, (node, k)), keep) for k, keep in enumerate(outputs)]
     inputs = _sources(operation, net, expected)
     if inputs is None:
         return None
-    given = [_take(x, keep) for x, keep in zip(_labels(operation, net), inputs, strict=True)]
-    for variant in (None, _resized(node, [tuple(x.shape) for x in expected], net)):
+    given = [
+        _take(x, keep).expand(_cut_shape(shape_of(net, place), keep))
+        for x, keep, place in zip(_samples(operation, net), inputs, operation.inputs, strict=True)
+    ]
+    for variant in (None, _resized(node, shapes, net)):
         for dense in (False, True):
             try:
                 found = call(operation, net, [x.contiguous() for x in given] if dense else given, variant)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 continue
             leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-            if len(leaves) == len(expected) and all(map(torch.equal, leaves, (x.double() for x in expected))):
+            alike = len(leaves) == len(expected) and [tuple(x.shape) for x in leaves] == shapes
+            if alike and all(bool((x == y).all()) for x, y in zip(leaves, expected, strict=True)):
                 return inputs, variant
             break
     return None
 
 
+def _cut_shape(shape: Sequence[int], keep: Mapping[int, Tensor]) -> tuple[int, ...]:
+    return tuple(len(keep[d]) if d in keep else size for d, size in enumerate(shape))
+
+
 def _take(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    """The indices that are kept of labels; along dimensions of length 1 all are alike."""
     for d, index in keep.items():
-        x = x.index_select(d, index)
+        x = x.index_select(d, index) if x.shape[d] > 1 else x
     return x
 
 
 def _sources(operation: Operation, net: Network, expected: list[Tensor]) -> list[dict[int, Tensor]] | None:
     """The channels of each input that hold what is expected."""
-    labels = torch.cat([_shrink(x).reshape(-1) for x in expected]).unique()
-    start, found = 1, []
-    for place in operation.inputs:
-        shape = sample_shape(net, place)
-        size = torch.Size(shape).numel()
-        own = labels[(labels >= start) & (labels < start + size)] - start
-        if not len(own):
+    shapes = [sample_shape(net, place) for place in operation.inputs]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    taken = torch.zeros(1 + sum(sizes), dtype=torch.bool)
+    for labels in expected:
+        taken[labels.reshape(-1)] = True
+    found = []
+    for part, shape in zip(taken[1:].split(sizes), shapes, strict=True):
+        if not part.any():
             return None
         keep = {}
         for d, length in enumerate(shape):
-            step = torch.Size(shape[d + 1 :]).numel()
-            index = (own // step % length).unique()
-            if length > 1 and len(index) < length:
-                keep[d] = index
+            kept = part.reshape(-1, length, torch.Size(shape[d + 1 :]).numel()).any(2).any(0)
+            if not kept.all():
+                keep[d] = kept.nonzero().reshape(-1)
         found.append(keep)
-        start += size
     return found
 
 

@@ -57,16 +57,18 @@ class Place(nn.Module):
 
 
 class IndexAdd(nn.Module):
-    """x with a branch added to some of its channels."""
+    """x with a branch added to some of its channels; with `inplace`, x itself is changed."""
 
     index: Tensor
 
     def __init__(self, dim: int, index: Tensor) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.inplace = dim, False
         self.register_buffer("index", index)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        if self.inplace:
+            return x.index_add_(self.dim, self.index, branch)
         return x.index_add(self.dim, self.index, branch)
 
     def extra_repr(self) -> str:

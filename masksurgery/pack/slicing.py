@@ -17,6 +17,7 @@ from masksurgery.pack.liveness import Known, Member, find_keep, find_needed, kep
 from masksurgery.pack.moves import Variant, find_move
 from masksurgery.pack.network import Enter, Network
 from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, widened
+from masksurgery.pack.reuse import is_plain_sum
 from masksurgery.pack.widening import Widening, is_sum, widen
 
 Keep = Mapping[int, Tensor]
@@ -44,6 +45,7 @@ class Sliced:
     root: nn.Module = field(default_factory=nn.Module)
     barriers: dict[str, Barrier] = field(default_factory=dict)
     done: dict[Any, fx.Node] = field(default_factory=dict)
+    sums: set[fx.Node] = field(default_factory=set)
 
     def add(self, target: str, module: nn.Module) -> str:
         """Register a module under a dotted name, with underscores until the name is free; that name."""
@@ -279,7 +281,10 @@ class Slicer:
         values: dict[fx.Node, Any] = {p[0]: self.get(p, self.aligned(p, keep, rank)) for p in operation.inputs}
         for n in operation.constants:
             values[n] = self.constant(n, self.aligned((n, 0), keep, rank))
-        return self.copy(operation, values)
+        found = self.copy(operation, values)
+        if is_sum(operation, self.member) and is_plain_sum(found):
+            self.sliced.sums.add(found)
+        return found
 
     def _index_add(self, operation: Operation, keep: Keep) -> fx.Node | None:
         """A sum of a whole and of a branch that has fewer channels and zeros for the rest; None if it is another."""
