@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.layers import Assignment
 from masksurgery.model import ConvertedModel
+from masksurgery.pack.choosing import check_runs, fastest
 from masksurgery.pack.families import Operations, classify
 from masksurgery.pack.folding import fold
+from masksurgery.pack.grouped import build_grouped
 from masksurgery.pack.liveness import Member, find_known
 from masksurgery.pack.moves import Labels
 from masksurgery.pack.network import member_network
@@ -19,7 +23,10 @@ from masksurgery.pack.packed import PackedModel
 from masksurgery.pack.parts import Collect
 from masksurgery.pack.reuse import reuse_memory
 from masksurgery.pack.slicing import Sliced, Slicer, build_shared
+from masksurgery.prediction import Head
 from masksurgery.types import ConfigError, check_choice
+
+logger = logging.getLogger(__name__)
 
 Layout = Literal["auto", "unrolled", "grouped"]
 
@@ -43,12 +50,27 @@ def pack(model: ConvertedModel, layout: Layout = "auto", *, dense: bool | None =
     Raises:
         ConfigError: The model is not a converted one, or the layout is not one that can be had.
     """
-    _check(model, layout)
+    _check(model, layout, dense)
     members = analyse_members(model)
-    return unrolled(model, members, bool(dense))
+    if layout == "grouped":
+        return grouped(model, members)
+    if layout == "unrolled":
+        return unrolled(model, members, bool(dense))
+    return fastest([*_candidates(model, members, dense)])
 
 
-def _check(model: nn.Module, layout: str) -> None:
+def _candidates(model: ConvertedModel, members: list[Member], dense: bool | None) -> Iterator[PackedModel]:
+    """What "auto" chooses from."""
+    for choice in (False, True) if dense is None else (dense,):
+        yield unrolled(model, members, choice)
+    if dense is not False:
+        try:
+            yield grouped(model, members)
+        except ConfigError as error:
+            logger.info("%s", error)
+
+
+def _check(model: nn.Module, layout: str, dense: bool | None) -> None:
     if isinstance(model, PackedModel):
         raise ConfigError("The model is packed already. Pack the converted model that it was packed from.")
     if not isinstance(model, ConvertedModel):
@@ -56,6 +78,8 @@ def _check(model: nn.Module, layout: str) -> None:
             f"pack takes a converted model, not {type(model).__name__}. Pass what masksurgery.convert returned."
         )
     check_choice("layout", layout, get_args(Layout))
+    if layout == "grouped" and dense is False:
+        raise ConfigError('layout="grouped" is dense: its members have weights of one shape. Leave out dense=False.')
 
 
 def analyse_members(model: ConvertedModel) -> list[Member]:
@@ -66,34 +90,48 @@ def analyse_members(model: ConvertedModel) -> list[Member]:
     return [find_known(operations, i, labels) for i in range(model.surgery.n)]
 
 
+def grouped(model: Ensemble, members: list[Member]) -> PackedModel:
+    """The members side by side.
+
+    Raises:
+        ConfigError: They are not cut alike.
+    """
+    sliced = Sliced()
+    shared = build_shared(members[0], sliced)
+    output = build_grouped(members, sliced, shared, model.head_module.batch_dims)
+    packed = _finish(model, sliced, output, "grouped", True)
+    check_runs(packed)
+    return packed
+
+
 def unrolled(model: Ensemble, members: list[Member], dense: bool) -> PackedModel:
     """The members one after another, in one graph."""
     sliced = Sliced()
     shared = build_shared(members[0], sliced)
     outputs = [Slicer(member, sliced, shared, dense).run() for member in members]
-    return finish(model, sliced, outputs, "unrolled", dense)
+    output = sliced.call("collect", Collect(model.head_module.batch_dims), *outputs)
+    return _finish(model, sliced, output, "unrolled", dense)
 
 
-def finish(
-    model: Ensemble, sliced: Sliced, outputs: list[object], layout: Literal["unrolled", "grouped"], dense: bool
+def _finish(
+    model: Ensemble, sliced: Sliced, output: fx.Node, layout: Literal["unrolled", "grouped"], dense: bool
 ) -> PackedModel:
     """Add the head to a graph that computes the members' outputs."""
     head = model.head_module
-    collected = sliced.call("collect", Collect(head.batch_dims), outputs)  # type: ignore[arg-type]
-    name = sliced.add(
-        "prediction", type(head)(head.n, head.batch_dims, head.tasks, head.class_dim, head.heteroscedastic)
-    )
-    sliced.graph.output(sliced.graph.call_module(name, (collected, Assignment(1, None, True))))
+    own = Head(head.n, head.batch_dims, head.tasks, head.class_dim, head.heteroscedastic)
+    name = sliced.add("prediction", own)
+    sliced.graph.output(sliced.graph.call_module(name, (output, Assignment(1, None, True))))
     sliced.sweep()
-    reuse_memory(sliced.graph, sliced.root, sliced.sums)
+    sliced.graph.lint()
+    if layout == "unrolled":
+        reuse_memory(sliced.graph, sliced.root, sliced.sums)
     if dense:
         _channels_last(sliced.root)
-    sliced.graph.lint()
     return PackedModel(sliced.root, sliced.graph, model, layout, dense, list(sliced.barriers.values()), name)
 
 
 def _channels_last(root: nn.Module) -> None:
     """Lay out the weights of convolutions so that their outputs have the channels last in memory."""
     for module in root.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.dim() == 4:  # 5 where they are stacked
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

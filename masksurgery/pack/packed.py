@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.model import ConvertedModel
+from masksurgery.pack.grouped import Grouped
+from masksurgery.pack.single import MemberGraph, extract
 from masksurgery.pack.slicing import Barrier
 from masksurgery.rebuild import find_recipe
 from masksurgery.types import ConfigError, Surgery
@@ -86,6 +88,46 @@ class PackedModel(Ensemble):
                 f"Train the converted model that it was packed from, and pack that again."
             )
         return super().train(False)
+
+    def member(self, i: int) -> MemberGraph:
+        """One member alone: a small network without masks, for a phone, which returns what the base model returned.
+
+        Args:
+            i: Which, from 0. Its outputs are not divided by the temperature.
+        Returns:
+            A GraphModule for eval with weights of its own.
+        Raises:
+            ConfigError: There is no such member.
+        """
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.surgery.n:
+            raise ConfigError(f"member({i!r}): there are members 0 to {self.surgery.n - 1}.")
+        graph, name = self._graphs[False], f"{type(self).__name__}Member"
+        (head,) = next(iter(reversed(graph.nodes))).all_input_nodes
+        collected = cast(fx.Node, head.args[0])
+        module = self.get_submodule(str(collected.target))
+        if not isinstance(module, Grouped):
+            return extract(self, graph, collected.args[i], name)
+        inlined, root = fx.Graph(), nn.Module()
+        root._modules = dict(self._modules)
+        one = module.one(i)
+        root.add_module("member", one)
+        env: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node is collected:
+                break
+            env[node] = inlined.node_copy(node, lambda n: env[n])
+        inputs = iter([fx.map_arg(argument, lambda n: env[n]) for argument in collected.args])
+        inner: dict[fx.Node, Any] = {}
+        for node in one._graphs[False].nodes:
+            if node.op == "output":
+                output = fx.map_arg(node.args[0], lambda n: inner[n])
+            elif node.op == "placeholder":
+                inner[node] = next(inputs)
+            else:
+                inner[node] = inlined.node_copy(node, lambda n: inner[n])
+                if node.op in ("call_module", "get_attr"):
+                    inner[node].target = f"member.{node.target}"
+        return extract(root, inlined, output, name)
 
 
 def _is_data(value: Any) -> bool:

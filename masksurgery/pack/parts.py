@@ -106,7 +106,7 @@ class Collect(nn.Module):
         super().__init__()
         self.batch_dims = tuple(batch_dims)
 
-    def forward(self, outputs: Sequence[Any]) -> Any:
+    def forward(self, *outputs: Any) -> Any:
         leaves = [tree_flatten(output) for output in outputs]
         found = [_collect([flat[k] for flat, _ in leaves], batch_dim) for k, batch_dim in enumerate(self.batch_dims)]
         return tree_unflatten(found, leaves[0][1])

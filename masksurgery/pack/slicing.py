@@ -91,13 +91,15 @@ class Sliced:
 class Slicer:
     """Builds the nodes of one member; what does not differ between members is built once, as `shared`."""
 
-    def __init__(self, member: Member, sliced: Sliced, shared: dict[fx.Node, Any], dense: bool) -> None:
+    def __init__(
+        self, member: Member, sliced: Sliced, shared: dict[fx.Node, Any], dense: bool, prefix: str | None = None
+    ) -> None:
         self.member, self.sliced, self.shared = member, sliced, shared
         self.net: Network = member.net
-        self.prefix = f"members.{member.index}"
+        self.prefix = f"members.{member.index}." if prefix is None else prefix
         self.needed = find_needed(member)
         self.keep = find_keep(member, self.needed)
-        self.widening = widen(member, self.keep) if dense else Widening()
+        self.widening = widen(member, self.keep, every_sum=prefix is not None) if dense else Widening()
         self.keep.update({(node, 0): keep for node, keep in self.widening.keep.items()})
         self.env: dict[fx.Node, Any] = {}
         self.cut: dict[Any, fx.Node] = {}
@@ -150,7 +152,7 @@ class Slicer:
         key = (x, d, tuple(wanted.tolist()))
         if key in self.cut:
             return self.cut[key]
-        name = f"{self.prefix}.{place[0].name}"
+        name = f"{self.prefix}{place[0].name}"
         device = self._device()
         common = torch.isin(wanted, own)
         found = x
@@ -182,12 +184,12 @@ class Slicer:
     def constant(self, node: fx.Node, keep: Keep) -> fx.Node:
         """A parameter or buffer, cut."""
         if not keep:
-            return cast(fx.Node, self.shared[node])
+            return cast(fx.Node, self.value(node))
         value = self.net.constant(node)
         assert value is not None
         for d, index in keep.items():
             value = value.index_select(d, index.to(value.device))
-        return self.sliced.constant(f"{self.prefix}.{node.target}", value.clone())
+        return self.sliced.constant(f"{self.prefix}{node.target}", value.clone())
 
     def copy(self, operation: Operation, values: Mapping[fx.Node, Any], variant: Variant | None = None) -> fx.Node:
         """The node itself on other tensors; what another member has done to the same tensors is not done again."""
@@ -246,7 +248,7 @@ class Slicer:
         mask = self.member.mask(operation)[keep.get(dim, slice(None))]
         if not mask.all() and operation.node not in self.widening.passed:
             weights = (mask * scale).to(self._device(), self._dtype())
-            return self.sliced.call(f"{self.prefix}.{operation.node.name}", ChannelAffine(dim, weights, None), x)
+            return self.sliced.call(f"{self.prefix}{operation.node.name}", ChannelAffine(dim, weights, None), x)
         return x if scale == 1 else self.sliced.graph.call_function(operator.mul, (x, scale))
 
     def same(self, operation: Operation) -> fx.Node:
@@ -258,7 +260,7 @@ class Slicer:
         cut = cut_layer(operation, self.member, self.kept((node, 0)), live, every)
         others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
-        found = self.sliced.call(f"{self.prefix}.{node.target}", cut.module, self.get(place, inputs))
+        found = self.sliced.call(f"{self.prefix}{node.target}", cut.module, self.get(place, inputs))
         have = {**others, cut.dim: cut.outputs} if cut.outputs is not None else others
         return self.get((node, 0), self.kept((node, 0)), have, found)
 
@@ -267,7 +269,7 @@ class Slicer:
         affine = self.member.operations.folding.affines[node]
         x = self.get(operation.inputs[0], keep)
         module = affine_module(affine, keep.get(affine.dim), self._dtype())
-        x = self.sliced.call(f"{self.prefix}.{node.target if node.op == 'call_module' else node.name}", module, x)
+        x = self.sliced.call(f"{self.prefix}{node.target if node.op == 'call_module' else node.name}", module, x)
         if operation.module is None:
             return x
         return self.sliced.graph.call_module(self.module(node, operation.module), (x,))
@@ -302,7 +304,7 @@ class Slicer:
             if not torch.isin(own[d], wanted).all() or bool((known.constant & ~known.zero).any()):
                 continue
             at = torch.searchsorted(wanted, own[d]).to(self._device())
-            name = f"{self.prefix}.{operation.node.name}"
+            name = f"{self.prefix}{operation.node.name}"
             return self.sliced.call(name, IndexAdd(d, at), self.get(base, keep), self.value(branch[0]))
         return None
 
@@ -383,7 +385,7 @@ class Slicer:
         if isinstance(self.net.module(node), Enter):
             enter = Enter(cast(Enter, self.net.module(node)).members, self.member.index)
             x, batch = (self.whole(cast(fx.Node, arg)) for arg in node.args)
-            return self.sliced.call(f"{self.prefix}.enter", enter, x, batch)
+            return self.sliced.call(f"{self.prefix}enter", enter, x, batch)
         found = self.copy(Operation(node, "barrier", operation.inputs, operation.constants), values)
         if not isinstance(self.net.facts[node].value, Tensor):
             return found

@@ -37,8 +37,12 @@ class Widening:
     full: set[fx.Node] = field(default_factory=set)
 
 
-def widen(member: Member, keeps: Keeps) -> Widening:
-    """Choose what to compute densely: sums with their branches, and what is made of a tensor that all members share."""
+def widen(member: Member, keeps: Keeps, every_sum: bool = False) -> Widening:
+    """Choose what to compute densely: sums with their branches, and what is made of a tensor that all members share.
+
+    Args:
+        every_sum: Let sums have all channels even if what they add has to be filled up, so that all members are alike.
+    """
     result = Widening()
     for node in member.net.graph.nodes:
         if node not in member.net.dependent or (node, 0) not in keeps:
@@ -47,10 +51,10 @@ def widen(member: Member, keeps: Keeps) -> Widening:
         if operation.family == "mask" and operation.inputs[0][0] not in member.net.dependent:
             _absorb(member, keeps, node, result)
         elif is_sum(operation, member):
-            _widen_sum(operation, member, keeps, result)
+            _widen_sum(operation, member, keeps, result, every_sum)
         elif operation.layer is not None and operation.layer.groups == 1 and operation.inputs[0][0] in result.keep:
             result.zero_columns.add(node)
-        elif _keeps_channels(operation, member) and operation.inputs[0][0] in result.full:
+        elif operation.inputs and operation.inputs[0][0] in result.full and _works_on_all(operation, member):
             result.keep[node] = {}
             result.full.add(node)
     return result
@@ -63,15 +67,15 @@ def _keeps_channels(operation: Operation, member: Member) -> bool:
     return operation.family == "same"
 
 
-def _widen_sum(operation: Operation, member: Member, keeps: Keeps, result: Widening) -> None:
+def _widen_sum(operation: Operation, member: Member, keeps: Keeps, result: Widening, always: bool) -> None:
     """Let a sum have all channels, if what it adds can have them."""
     chains = []
     for place in operation.inputs:
         is_full = place[0] in result.full or (place[0] not in result.keep and not keeps.get(place))
         chain = [] if is_full else _branch(member, keeps, place[0], result)
-        if chain is None:
+        if chain is None and not always:
             return
-        chains.append(chain)
+        chains.append(chain or [])
     for chain in chains:
         for node in chain:
             result.keep[node] = {}

@@ -1,0 +1,73 @@
+"""Which of several packed forms of a model is fastest, found by running them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from masksurgery.inputs import make_inputs
+from masksurgery.pack.packed import PackedModel
+from masksurgery.types import ConfigError
+
+ROUNDS = 5
+
+
+def fastest(models: Sequence[PackedModel]) -> PackedModel:
+    """The one with the shortest median time of a forward on the example inputs, where the models are.
+
+    Args:
+        models: Of one converted model. Without data (on the meta device) the first is taken.
+    """
+    device = _device(models[0])
+    if len(models) == 1 or device.type == "meta":
+        return models[0]
+    args, kwargs = example_inputs(models[0], device)
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_ in range(ROUNDS + 1):  # the first round warms up
+            for model, times in zip(models, seconds, strict=True):
+                start = time.perf_counter()
+                model(*args, **kwargs)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if round_:
+                    times.append(time.perf_counter() - start)
+    medians = [statistics.median(times) for times in seconds]
+    return models[medians.index(min(medians))]
+
+
+def check_runs(model: PackedModel) -> None:
+    """Raise a ConfigError if members side by side cannot be run, for torch.vmap has no rule for an operator in them."""
+    device = _device(model)
+    if device.type == "meta":
+        return
+    args, kwargs = example_inputs(model, device)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operators that torch.vmap can only loop over
+            model(*args, **kwargs)
+    except RuntimeError as error:
+        raise ConfigError(
+            f'layout="grouped" is not possible for this model: {str(error).strip().splitlines()[0]} '
+            f'Pass layout="unrolled".'
+        ) from error
+
+
+def example_inputs(model: PackedModel, device: torch.device) -> tuple[Any, Any]:
+    """Args and kwargs of one forward, all zeros."""
+    dtype = next((p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(cast, make_inputs(model.inputs, device))
+
+
+def _device(model: PackedModel) -> torch.device:
+    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
