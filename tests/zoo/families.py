@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import smallest
-from nets import randomise
+from nets_base import randomise, settle
 from selection import chosen, commit
 
 LIMIT = 60_000_000
@@ -54,17 +54,11 @@ def prepare(entry: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """The architecture with random parameters, and images for a training step.
 
     Of small images there are more, because at the end of most networks they are a pixel each: over a few values the
-    statistics of BatchNorm amplify rounding until it is no longer rounding. The running statistics have seen the images
-    once; with random ones repvit is 1e10 and has members of 1e18. A fifth of them stays random: no variance is zero.
+    statistics of BatchNorm amplify rounding until it is no longer rounding. With random running statistics repvit is
+    1e10 and has members of 1e18.
     """
     base = randomise(timm.create_model(entry["name"], num_classes=10, **entry["kwargs"])).double()
     batch, size = (16 if entry["size"] <= 64 else 5), entry["size"]
     shape = batch, base.default_cfg["input_size"][0], size, size
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for module in base.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.8
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        base.train()(x)
-    return base.eval(), x
+    return settle(base, x).eval(), x
