@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class Layer:
 
     def bias(self) -> Tensor | None:
         """[out], with all that is folded in."""
-        own = cast(Tensor | None, self.module.bias)
+        own = cast("Tensor | None", self.module.bias)
         bias = None if own is None else own.detach().double()
         if bias is not None and self.scale is not None:
             bias = bias * self.scale
