@@ -49,7 +49,7 @@ def converted(net_name: str) -> tuple[nn.Module, ConvertedModel]:
 
 
 @cache
-def packed(net_name: str, layout: str = "unrolled", dense: bool = False) -> PackedModel:
+def packed(net_name: str, layout: str = "unrolled", dense: bool | None = False) -> PackedModel:
     """For tests that do not change it."""
     return masksurgery.pack(converted(net_name)[1], layout, dense=dense)
 
@@ -71,8 +71,8 @@ def test_grouped_is_converted(net: Net) -> None:
         with pytest.raises(MasksurgeryError, match=UNGROUPED[net.name]):
             masksurgery.pack(model, "grouped")
         return
-    ours = packed(net.name, "grouped")
-    assert ours.layout == "grouped"
+    ours = packed(net.name, "grouped", None)
+    assert (ours.layout, ours.dense) == ("grouped", True)
     for batch in BATCHES:
         assert_packed(ours, model, samples(net, batch))
 
@@ -269,6 +269,8 @@ def test_what_cannot_be_packed() -> None:
         masksurgery.pack(packed("conv_bn_relu"))
     with pytest.raises(ConfigError, match=r"layout='wide'.*unrolled.*grouped"):
         masksurgery.pack(model, "wide")
+    with pytest.raises(ConfigError, match="grouped.*dense=False"):
+        masksurgery.pack(model, "grouped", dense=False)
 
 
 def test_a_packed_model_cannot_be_trained() -> None:
