@@ -2,6 +2,6 @@
 
 from masksurgery.pack.building import pack
 from masksurgery.pack.packed import PackedModel
-from masksurgery.pack.slicing import Barrier
+from masksurgery.pack.sliced import Barrier
 
 __all__ = ["Barrier", "PackedModel", "pack"]

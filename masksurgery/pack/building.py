@@ -16,13 +16,15 @@ from masksurgery.pack.choosing import check_runs, fastest
 from masksurgery.pack.families import Operations, classify
 from masksurgery.pack.folding import fold
 from masksurgery.pack.grouped import build_grouped
-from masksurgery.pack.liveness import Member, find_known
+from masksurgery.pack.liveness import find_known
+from masksurgery.pack.member import Member
 from masksurgery.pack.moves import Labels
 from masksurgery.pack.network import member_network
 from masksurgery.pack.packed import PackedModel
 from masksurgery.pack.parts import Collect
 from masksurgery.pack.reuse import reuse_memory
-from masksurgery.pack.slicing import Sliced, Slicer, build_shared
+from masksurgery.pack.sliced import Sliced, build_shared
+from masksurgery.pack.slicing import Slicer
 from masksurgery.prediction import Head
 from masksurgery.types import ConfigError, check_choice
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from masksurgery.pack.folding import Folding, Layer
+from masksurgery.pack.folding import Folding
+from masksurgery.pack.layers import Layer
 from masksurgery.pack.network import Network, masked
 
 CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach")
@@ -159,9 +160,14 @@ def _by_kinds(
         return made("move", module=module)
     if single(net, node) and kinds <= {"pointwise", "gate", "mul"} and _broadcasts(net, node):
         return made("elementwise", module=module) if _is_known(net, node, module) else barrier(f"no rule for {name}")
-    if single(net, node) and "pool" in kinds and kinds <= {"pool", "move", "pointwise", "gate", "mul"}:
-        if len(inputs) == len(node.all_input_nodes) - _sizes(net, node) and _is_known(net, node, module):
-            return made("channelwise", module=module)
+    alone = len(inputs) == len(node.all_input_nodes) - _sizes(net, node) == 1 and single(net, node)
+    if (
+        alone
+        and "pool" in kinds
+        and kinds <= {"pool", "move", "pointwise", "gate", "mul"}
+        and _is_known(net, node, module)
+    ):
+        return made("channelwise", module=module)
     return barrier(f"no rule for {name}")
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from masksurgery.pack.liveness import Member
+from masksurgery.pack.member import Member
 from masksurgery.pack.single import MemberGraph
-from masksurgery.pack.slicing import Sliced, Slicer
+from masksurgery.pack.sliced import Sliced
+from masksurgery.pack.slicing import Slicer
 from masksurgery.types import ConfigError
 
 

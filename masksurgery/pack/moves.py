@@ -66,7 +66,8 @@ def trace_labels(operation: Operation, net: Network, cache: Labels) -> list[Tens
 
 def _key(operation: Operation, net: Network) -> Any:
     node = operation.node
-    args = fx.map_arg((node.args, node.kwargs), lambda n: _Value(net.facts[n].value))
+    values: Any = lambda n: _Value(net.facts[n].value)  # noqa: E731  # fx's own type of it is narrower
+    args = fx.map_arg((node.args, node.kwargs), values)
     shapes = tuple(shape_of(net, place) for place in operation.inputs)
     kind = (type(operation.module), repr(operation.module)) if operation.module is not None else node.target
     return kind, node.op, shapes, repr(args)
@@ -132,14 +133,6 @@ def _shrink(labels: Tensor) -> Tensor:
         if size > 1 and (labels.stride(d) == 0 or bool((labels == labels.narrow(d, 0, 1)).all())):
             labels = labels.narrow(d, 0, 1)
     return labels.long()
-
-
-def compress(pattern: Tensor) -> Tensor:
-    """The same pattern, of length 1 along the dimensions where it does not vary."""
-    for d, size in enumerate(pattern.shape):
-        if size > 1 and bool((pattern == pattern.narrow(d, 0, 1)).all()):
-            pattern = pattern.narrow(d, 0, 1)
-    return pattern
 
 
 # --- on fewer channels -----------------------------------------------------------------------------------------------

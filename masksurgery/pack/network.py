@@ -115,7 +115,8 @@ def member_network(model: ConvertedModel) -> Network:
 
 def _copy_graph(model: ConvertedModel, root: nn.Module) -> tuple[fx.Graph, set[fx.Node]]:
     """The eval graph without what serves all members at once."""
-    graph, env, opaque = fx.Graph(), {}, set()
+    graph, opaque = fx.Graph(), set()
+    env: dict[fx.Node, Any] = {}
     members = model.members_module
     first = next(node for node in model._graphs[False].nodes if node.op == "placeholder")
     for node in model._graphs[False].nodes:

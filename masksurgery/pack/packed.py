@@ -14,7 +14,7 @@ from masksurgery.ensemble import Ensemble
 from masksurgery.model import ConvertedModel
 from masksurgery.pack.grouped import Grouped
 from masksurgery.pack.single import MemberGraph, extract
-from masksurgery.pack.slicing import Barrier
+from masksurgery.pack.sliced import Barrier
 from masksurgery.rebuild import find_recipe
 from masksurgery.types import ConfigError, Surgery
 

@@ -38,7 +38,8 @@ def extract(root: nn.Module, graph: fx.Graph, output: Any, name: str) -> MemberG
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    own, env = fx.Graph(), {}
+    own = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     holder = nn.Module()
     for node in graph.nodes:
         if node in needed or node.op == "placeholder":

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from masksurgery.pack.families import Operation, name_of, shape_of
-from masksurgery.pack.liveness import Keeps, Member, keeps_zero, kept_dims
+from masksurgery.pack.liveness import Keeps
+from masksurgery.pack.member import Member, keeps_zero, kept_dims
 from masksurgery.pack.moves import find_move
 
 Keep = Mapping[int, Tensor]

@@ -1,0 +1,97 @@
+"""One member: what is known of its tensors, and what its masks make of the operations of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masksurgery.pack.families import Operation, Operations, Place, name_of, shape_of
+from masksurgery.pack.moves import Labels, call
+from masksurgery.pack.network import Network
+from masksurgery.pack.patterns import Known, vector_of
+
+
+@dataclass
+class Member:
+    """What is known of the tensors of one member."""
+
+    index: int
+    operations: Operations
+    known: dict[Place, Known]
+    labels: Labels
+
+    @property
+    def net(self) -> Network:
+        return self.operations.net
+
+    def of(self, place: Place) -> Known:
+        found = self.known.get(place)
+        return Known.nothing(len(shape_of(self.net, place))) if found is None else found
+
+    def mask(self, operation: Operation) -> Tensor:
+        """The mask [c] at a site."""
+        return self.net.masks[str(operation.node.args[1])].masks[self.index].cpu()
+
+
+def is_product(operation: Operation, net: Network) -> bool:
+    name = name_of(net, operation.node)
+    return operation.module is None and name.strip("_") in ("mul", "multiply") and not operation.node.kwargs
+
+
+def keeps_zero(operation: Operation, net: Network) -> bool:
+    """It makes zeros of zeros."""
+    value = evaluate(operation, net, [torch.zeros(1, dtype=torch.float64)] * len(operation.inputs))
+    return value is not None and not value.any()
+
+
+def evaluate(operation: Operation, net: Network, values: list[Tensor]) -> Tensor | None:
+    """What the operation makes of numbers; None if that cannot be said, for its parameters may have no values."""
+    if operation.constants or (operation.module is not None and any(True for _ in operation.module.parameters())):
+        return None
+    try:
+        found = call(operation, net, values)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return found.double() if isinstance(found, Tensor) and not found.is_meta else None
+
+
+def kept_dims(operation: Operation, net: Network) -> dict[int, int] | None:
+    """Where each dimension of the input that is not touched stands in the output."""
+    source, fact = operation.inputs[0][0], net.facts[operation.node]
+    found: dict[int, int] = {}
+    for d, dim in enumerate(net.facts[source].dims[0]):
+        if len(dim) == 1:
+            children = fact.children.get(dim[0], set())
+            at = [k for k, out in enumerate(fact.dims[0]) if len(out) == 1 and out[0] in children]
+            if len(at) == 1 and fact.dims[0][at[0]][0].size == dim[0].size:
+                found[d] = at[0]
+    return found if list(found.values()) == sorted(found.values()) else None
+
+
+def foldable_inputs(operation: Operation, member: Member) -> tuple[Tensor, Tensor]:
+    """The input channels that a layer takes into its bias, and those of them that are zero [in]."""
+    layer, place = operation.layer, operation.inputs[0]
+    assert layer is not None
+    known, size = member.of(place), shape_of(member.net, place)[layer.dim]
+    zero = vector_of(known.zero, layer.dim, size, every=True)
+    if layer.pads:
+        return zero, zero
+    uniform = known.value.numel() == known.value.shape[layer.dim]
+    return (vector_of(known.constant, layer.dim, size, every=True) if uniform else zero), zero
+
+
+def folded_bias(operation: Operation, member: Member, foldable: Tensor) -> Tensor:
+    """The bias [out] with what the constant inputs contribute, in float64."""
+    layer = operation.layer
+    assert layer is not None
+    bias, value = layer.bias(), member.of(operation.inputs[0]).value
+    device = layer.parameter.device
+    total = torch.zeros(layer.channels, dtype=torch.float64, device=device) if bias is None else bias
+    if layer.pads or not value.any():  # with pads only zeros are folded
+        return total
+    inputs = torch.where(foldable, value.reshape(-1).expand(len(foldable)), 0.0).to(device)
+    weight = layer.weight().double()
+    sums = weight.reshape(*weight.shape[:3], -1).sum(3)
+    return total + (sums * inputs.reshape(layer.groups, 1, -1)).sum(2).reshape(-1)
