@@ -29,12 +29,13 @@ TOO_LARGE = {
 }  # fmt: skip
 
 
-def cases(failures: Mapping[str, str], subject: str = "") -> list[Any]:
+def cases(failures: Mapping[str, str], subject: str = "", parts: int = 4) -> list[Any]:
     """What a test is parametrised with: a family's entry in smallest.json.
 
     Args:
         failures: Architecture to why it fails.
         subject: Of the test; each has a part of the zoo of its own.
+        parts: Of how many parts CI takes one.
     """
     found = []
     for family in FAMILIES.keys() - TOO_LARGE.keys():
@@ -42,8 +43,8 @@ def cases(failures: Mapping[str, str], subject: str = "") -> list[Any]:
         marks = []
         if not timm.is_model(name):
             marks.append(pytest.mark.skip(reason="the installed timm does not have it"))
-        elif not chosen(subject + family):
-            marks.append(pytest.mark.skip(reason=f"not in the quarter that commit {commit()[:12]} chooses"))
+        elif not chosen(subject + family, parts):
+            marks.append(pytest.mark.skip(reason=f"not in the part that commit {commit()[:12]} chooses"))
         if name in failures:
             marks.append(pytest.mark.xfail(reason=failures[name], strict=True))
         found.append(pytest.param(FAMILIES[family], id=f"{family}-{name}", marks=marks))

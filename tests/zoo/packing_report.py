@@ -63,7 +63,8 @@ class Row:
 def measure(entry: dict[str, Any], family: str, base: nn.Module, model: ConvertedModel, packed: PackedModel) -> Row:
     """The row of three models on any device."""
     shape = 1, base.default_cfg["input_size"][0], entry["size"], entry["size"]
-    one, all_converted, all_packed = (count_macs(net, (torch.zeros(shape),)) for net in (base, model, packed))
+    image = torch.zeros(shape, dtype=next(base.parameters()).dtype)
+    one, all_converted, all_packed = (count_macs(net, (image,)) for net in (base, model, packed))
     reasons = Counter(barrier.reason for barrier in packed.barriers)
     told = "; ".join(
         f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item))

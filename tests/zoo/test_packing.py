@@ -1,6 +1,7 @@
 """The smallest architecture of every family of timm, packed; and packing.md is what packing gives.
 
-With random parameters, at the smallest images, in float32; CI takes a quarter with each commit.
+With random parameters, at the smallest images, in float32; six minutes on one core, of which CI takes a sixth with each
+commit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from families import FAMILIES, cases, prepare
 from packing import assert_packed
 
 FAILURES: dict[str, str] = {}
+# With random parameters a float32 forward of the converted model is that far from the same in float64, relative to the
+# largest member: rounding proves nothing there, and they are compared in float64.
+ROUNDING = {"halonet_h1": 0.4, "starnet_s050": 0.04, "efficientformerv2_s0": 0.002}
 TEXT = report.PACKING.read_text(encoding="utf-8")
 ROWS = {row.family: row for row in report.parse(TEXT)}
 CURRENT = f"timm {timm.__version__}," in TEXT
@@ -30,21 +34,24 @@ def test_every_family_is_packed() -> None:
 
 def test_packing_saves() -> None:
     """A ratchet: a rule that saves less has to be looked at."""
-    packed = {row.name: float(row.packed) for row in ROWS.values()}
-    converted = {row.name: float(row.converted) for row in ROWS.values()}
+    packed, converted = (
+        {row.name: float(getattr(row, state)) for row in ROWS.values() if not row.failed}
+        for state in ("packed", "converted")
+    )
     assert {name: ratio for name, ratio in packed.items() if ratio > converted[name]} == {}
     assert sorted(packed.values())[len(packed) // 2] < 2
 
 
 @pytest.mark.zoo
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("entry", cases(FAILURES, "packed "))
+@pytest.mark.parametrize("entry", cases(FAILURES, "packed ", parts=6))
 def test_packed_is_converted(entry: dict[str, Any]) -> None:
     base, many = prepare(entry)
-    base, x = base.float(), many[:2].float()
+    rounds = entry["name"] in ROUNDING
+    base, x = (base, many[:2]) if rounds else (base.float(), many[:2].float())
     model = masksurgery.convert(base, example_inputs=(x[:1],))
     packed = masksurgery.pack(model, "unrolled", dense=False)
-    assert_packed(packed, model, (x,))
+    assert_packed(packed, model, (x,), 1e-8 if rounds else None)
     if CURRENT:
         family = next(family for family, other in FAMILIES.items() if other is entry)
         assert report.measure(entry, family, base, model, packed) == ROWS[family], "run tests/zoo/packing_report.py"
