@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.example import Example
 from masksurgery.inputs import make_inputs
@@ -21,6 +21,7 @@ from masksurgery.layout import Facts, analyse, call_node
 from masksurgery.model import ConvertedModel
 from masksurgery.opaque import Follow, Opaque
 from masksurgery.part import Part
+from masksurgery.types import LayoutError
 
 
 def masked(x: Tensor, name: str) -> Tensor:
@@ -99,18 +100,34 @@ def member_network(model: ConvertedModel) -> Network:
     _make_functional(graph, root)
     _fold_constants(graph, root)
     root.eval()
-    signature = inspect.signature(model._base_type.forward)
-    args, kwargs = make_inputs(model.inputs)
-    bound = signature.bind(None, *args, **kwargs)
-    given = inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
-    example = Example.of(given, model.settings.unbatched)
     watch = [name for name, module in root.named_modules() if isinstance(module, Part)]
-    facts = analyse(graph, root, example, lambda node: channel_dim_of(root, node), watch)
+    try:
+        facts = analyse(graph, root, _example(model), lambda node: channel_dim_of(root, node), watch)
+    except LayoutError:  # the model may have been cast since its conversion
+        facts = analyse(graph, root, _example(model, cast_to=_dtype(root)), lambda n: channel_dim_of(root, n), watch)
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
         if node.target is masked or node in opaque or dependent.intersection(node.all_input_nodes):
             dependent.add(node)
     return Network(root, graph, facts, masks, dependent, opaque)
+
+
+def _example(model: ConvertedModel, cast_to: torch.dtype | None = None) -> Example:
+    """What one forward takes, as the conversion recorded it."""
+
+    def cast(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(cast_to) if cast_to is not None and floating else leaf
+
+    signature = inspect.signature(model._base_type.forward)
+    args, kwargs = tree_map(cast, make_inputs(model.inputs))
+    bound = signature.bind(None, *args, **kwargs)
+    given = inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
+    return Example.of(given, model.settings.unbatched)
+
+
+def _dtype(root: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in root.parameters() if p.is_floating_point()), None)
 
 
 def _copy_graph(model: ConvertedModel, root: nn.Module) -> tuple[fx.Graph, set[fx.Node]]:
