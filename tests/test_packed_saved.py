@@ -85,8 +85,7 @@ def test_a_loaded_model_is_saved_again(tmp_path: Path) -> None:
     assert_same(packed, again, torch.randn(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "grouped"])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("layout", "dense"), [("unrolled", False), ("unrolled", True), ("grouped", True)])
 def test_it_is_packed_in_the_same_way_again(layout: Any, dense: bool, tmp_path: Path) -> None:
     base = randomise(timm.create_model("test_resnet", num_classes=3), 0)
     packed = pack(masksurgery.convert(base), layout, dense=dense)

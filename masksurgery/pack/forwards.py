@@ -8,7 +8,7 @@ from torch import Tensor
 from masksurgery.pack.families import Operation, sample_shape, shape_of
 from masksurgery.pack.member import Member, evaluate, foldable_inputs, folded_bias, is_product, keeps_zero, kept_dims
 from masksurgery.pack.moves import call, trace_labels
-from masksurgery.pack.patterns import Known, align, along, compress
+from masksurgery.pack.patterns import Known, align, along, compress, numbers
 
 
 def known_mask(operation: Operation, member: Member) -> list[Known]:
@@ -39,7 +39,7 @@ def known_layer(operation: Operation, member: Member) -> list[Known]:
     value = folded_bias(operation, member, foldable)
     shape = [1] * rank
     shape[layer.dim] = -1
-    return [Known(along(zeros, rank, layer.dim), along(constant, rank, layer.dim), value.cpu().reshape(shape))]
+    return [Known(along(zeros, rank, layer.dim), along(constant, rank, layer.dim), numbers(value).reshape(shape))]
 
 
 def known_affine(operation: Operation, member: Member) -> list[Known]:
@@ -55,10 +55,9 @@ def known_affine(operation: Operation, member: Member) -> list[Known]:
 
 
 def _along(vector: Tensor | float, rank: int, dim: int) -> Tensor:
-    vector = torch.as_tensor(vector, dtype=torch.float64).cpu()
     shape = [1] * rank
     shape[dim] = -1
-    return vector.reshape(shape)
+    return numbers(vector).reshape(shape)
 
 
 def known_elementwise(operation: Operation, member: Member) -> list[Known]:

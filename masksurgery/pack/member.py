@@ -32,7 +32,7 @@ class Member:
 
     def mask(self, operation: Operation) -> Tensor:
         """The mask [c] at a site."""
-        return self.net.masks[str(operation.node.args[1])].masks[self.index].cpu()
+        return self.net.rows[str(operation.node.args[1])][self.index]
 
 
 def is_product(operation: Operation, net: Network) -> bool:

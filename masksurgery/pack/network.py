@@ -51,6 +51,7 @@ class Network:
         graph: Of one member: masks are calls of `masked`, nothing is repeated, and the output is the base model's.
         facts: Of its nodes.
         masks: The mask modules by name.
+        rows: The masks of all members [n, c], on the CPU.
         dependent: The nodes that differ between members.
         opaque: The calls with masks inside of them.
     """
@@ -59,6 +60,7 @@ class Network:
     graph: fx.Graph
     facts: dict[fx.Node, Facts]
     masks: dict[str, _Masksembles]
+    rows: dict[str, Tensor]
     dependent: set[fx.Node]
     opaque: set[fx.Node]
 
@@ -109,7 +111,9 @@ def member_network(model: ConvertedModel) -> Network:
     for node in graph.nodes:
         if node.target is masked or node in opaque or dependent.intersection(node.all_input_nodes):
             dependent.add(node)
-    return Network(root, graph, facts, masks, dependent, opaque)
+    decided = model.surgery.masks  # what a model without data was converted with
+    rows = {name: torch.from_numpy(decided[name]) if m.masks.is_meta else m.masks.cpu() for name, m in masks.items()}
+    return Network(root, graph, facts, masks, rows, dependent, opaque)
 
 
 def _example(model: ConvertedModel, cast_to: torch.dtype | None = None) -> Example:

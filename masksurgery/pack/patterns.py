@@ -30,6 +30,12 @@ def reduce_any(pattern: Tensor, shape: Sequence[int]) -> Tensor:
     return pattern
 
 
+def numbers(x: Tensor | float) -> Tensor:
+    """Values in float64 on the CPU; zeros for a tensor without data, as no pattern depends on them."""
+    x = torch.as_tensor(x)
+    return torch.zeros(x.shape, dtype=torch.float64) if x.is_meta else x.detach().cpu().double()
+
+
 def along(vector: Tensor, rank: int, dim: int) -> Tensor:
     """A vector as a pattern along one dimension."""
     shape = [1] * rank
