@@ -175,8 +175,8 @@ def _commutes(net: Network, folding: Folding, node: fx.Node, affine: Affine) -> 
             return False
         return type(module) in (*HOMOGENEOUS, *LINEAR)
     if set(net.facts[node].kinds) <= {"move"} and node.target is not masked and len(net.tensors(node)) == 1:
-        same = net.tensors(node)[0].numel() == net.tensors(net.data_inputs(node)[0])[0].numel()
-        return same and len(net.data_inputs(node)) == 1
+        source = _source(net, node)
+        return source is not None and net.tensors(node)[0].numel() == net.tensors(source)[0].numel()
     return positive and _name(node) in HOMOGENEOUS_CALLS
 
 

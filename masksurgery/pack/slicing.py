@@ -207,6 +207,7 @@ class Slicer(Cutter):
             return self.sliced.call(f"{self.prefix}enter", enter, x, batch)
         found = self.copy(Operation(node, "barrier", operation.inputs, operation.constants), values)
         if not isinstance(self.net.facts[node].value, Tensor):
+            self.keep.update({(node, k): {} for k in range(len(self.net.tensors(node)))})
             return found
         return self.get((node, 0), self.kept((node, 0)), {}, found)
 
