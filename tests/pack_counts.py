@@ -82,13 +82,19 @@ def _leaky(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return F.leaky_relu(x, 0.3)
 
 
+def _line(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return 0.5 + 0.1 * x
+
+
 _nn: Any = torch._C._nn
-# Where an activation is flat a channel, or its gradient, dies by chance. One that is nowhere flat takes its place, and
-# is zero at zero where the other is.
+# Where an activation is flat a channel, or its gradient, dies by chance; float64 has no number for silu(-800) or the
+# slope of a sigmoid at 40. One that is nowhere flat takes its place, and is zero at zero where the other is.
 SMOOTH: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu6, F.hardtanh), _leaky),
-    **dict.fromkeys((F.hardswish, _nn.hardswish, _nn.hardswish_), lambda x, *args, **kwargs: F.silu(x)),
-    **dict.fromkeys((F.hardsigmoid, _nn.hardsigmoid, _nn.hardsigmoid_), lambda x, *args, **kwargs: torch.sigmoid(x)),
+    **dict.fromkeys((F.silu, _nn.silu, _nn.silu_, F.gelu, _nn.gelu), _leaky),
+    **dict.fromkeys((F.hardswish, _nn.hardswish, _nn.hardswish_), _leaky),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_), _line),
+    **dict.fromkeys((F.hardsigmoid, _nn.hardsigmoid, _nn.hardsigmoid_), _line),
 }
 
 
