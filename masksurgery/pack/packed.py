@@ -139,5 +139,6 @@ def _surgery_of(source: Ensemble) -> Surgery:
     if not isinstance(source, ConvertedModel):
         return source.surgery
     modules = {site.mask: source.get_submodule(site.mask) for site in source.surgery.sites}
-    masks = {name: cast(Tensor, module.masks).cpu().numpy().copy() for name, module in modules.items()}
-    return replace(source.surgery, masks=masks)
+    masks = {name: cast(Tensor, module.masks) for name, module in modules.items()}
+    known = {name: rows.cpu().numpy().copy() for name, rows in masks.items() if not rows.is_meta}
+    return replace(source.surgery, masks={**source.surgery.masks, **known})
