@@ -84,11 +84,10 @@ class Cutter:
 
     def _fill(self, known: Known, d: int, wanted: Tensor, common: Tensor) -> Tensor:
         """The constants of the channels that are put back."""
-        size = int(wanted.max()) + 1
-        value = known.value
-        rows = value.movedim(d, 0).reshape(value.shape[d], -1)[:, 0]
-        full = rows.expand(max(size, len(rows))) if len(rows) == 1 else rows
-        return torch.where(common, 0.0, full[wanted]).to(self._dtype())
+        if known.value.numel() != known.value.shape[d]:  # what is left out along this dimension is zero
+            return torch.zeros(len(wanted), dtype=self._dtype())
+        value = known.value.reshape(-1).expand(int(wanted.max()) + 1 if known.value.numel() == 1 else -1)
+        return torch.where(common, 0.0, value[wanted]).to(self._dtype())
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.net.root.parameters()), torch.device("cpu"))

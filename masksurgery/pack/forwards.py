@@ -124,15 +124,26 @@ def known_move(operation: Operation, member: Member) -> list[Known]:
         [x.expand(sample_shape(member.net, place)).reshape(-1) for x in (known.zero, known.constant, known.value)]
         for known, place in zip(inputs, operation.inputs, strict=True)
     ]
-    pads = torch.tensor([True])  # what is padded is zero
-    zero, constant = (torch.cat([pads, *(parts[i] for parts in flat)]) for i in (0, 1))
+    zero, constant = (torch.cat([torch.tensor([True]), *(parts[i] for parts in flat)]) for i in (0, 1))
     value = torch.cat([torch.zeros(1, dtype=torch.float64), *(parts[2] for parts in flat)])
     found = []
     for labels in maps:
+        if not labels.all():  # it pads with zeros, and where it does is left to the size of the image
+            found.append(Known.zeros(_without_pads(zero[labels], labels == 0)))
+            continue
         fixed = compress(constant[labels])
-        number = compress(torch.where(fixed, value[labels], 0.0))
-        found.append(Known(compress(zero[labels]), fixed, number))
+        found.append(Known(compress(zero[labels]), fixed, compress(torch.where(fixed, value[labels], 0.0))))
     return found
+
+
+def _without_pads(zero: Tensor, pads: Tensor) -> Tensor:
+    """A pattern without the dimensions along which nothing but its padding differs."""
+    for d in range(zero.dim()):
+        every, only = zero.all(d, keepdim=True), pads.all(d, keepdim=True)
+        beside = (zero & ~pads).any(d, keepdim=True)
+        if bool(((every == beside) | only).all()):
+            zero, pads = every, only
+    return zero
 
 
 def known_attention(operation: Operation, member: Member) -> list[Known]:

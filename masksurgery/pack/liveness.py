@@ -132,7 +132,7 @@ def find_keep(member: Member, needed: Mapping[Place, Tensor]) -> Keeps:
     for place, pattern in needed.items():
         if place[0] not in member.net.dependent:
             continue
-        live = pattern & ~member.of(place).constant
+        live = pattern & ~member.of(place).restorable
         if not live.any() and pattern.any():
             live = _first(pattern)
         cut: dict[int, Tensor] = {}

@@ -76,6 +76,12 @@ class Known:
         return cls(zero, zero, torch.zeros([1] * zero.dim(), dtype=torch.float64))
 
     @property
+    def restorable(self) -> Tensor:
+        """Where it can be left out: zeros, and constants that differ along one dimension alone."""
+        varying = {d for x in (self.constant, self.value) for d, size in enumerate(x.shape) if size > 1}
+        return self.constant if len(varying) <= 1 else self.zero
+
+    @property
     def anything(self) -> bool:
         return bool(self.constant.any())
 
