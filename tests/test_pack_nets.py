@@ -23,7 +23,7 @@ from packing import as_dtype, assert_members, assert_packed, assert_same, in_dty
 BATCHES = (1, 3, 5)
 # Their members differ in more than values, or vmap has no rule for a layer.
 UNGROUPED = {
-    "grouped_conv", "two_batches_in_one", "depthwise_on_residual_stream", "weights_for_each_sample", "lstm",
+    "grouped_conv", "two_batches_in_one", "weights_for_each_sample", "lstm",
     "lstm_sequence_first", "gru", "gru_sequence_first",
 }  # fmt: skip
 # torch cannot pickle these converted either: a parametrised module, and the function behind F.max_pool2d.

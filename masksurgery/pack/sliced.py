@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from masksurgery.opaque import Follow, Opaque
 from masksurgery.pack.cut_layers import cut_layer
 from masksurgery.pack.families import Operation
 from masksurgery.pack.member import Member
@@ -38,6 +40,7 @@ class Sliced:
     barriers: dict[str, Barrier] = field(default_factory=dict)
     done: dict[Any, fx.Node] = field(default_factory=dict)
     sums: set[fx.Node] = field(default_factory=set)
+    modules: dict[tuple[str, nn.Module], str] = field(default_factory=dict)
 
     def add(self, target: str, module: nn.Module) -> str:
         """Register a module under a dotted name, with underscores until the name is free; that name."""
@@ -133,16 +136,10 @@ def affine_module(affine: Any, index: Tensor | None, dtype: torch.dtype) -> nn.M
 
 
 def shared_module(sliced: Sliced, node: fx.Node, module: nn.Module) -> str:
-    """The name of a module that is called as it is, by whoever calls it."""
+    """The name of a module that is called as it is, by whoever calls it; what is packed has a copy of its own."""
     target = f"shared.{node.target if node.op == 'call_module' else node.name}"
-    try:
-        found = sliced.root.get_submodule(target)
-    except AttributeError:
-        return sliced.add(target, module)
-    if found is module:
-        return target
-    renamed = f"{target}_rest"
-    try:
-        return renamed if sliced.root.get_submodule(renamed) is module else sliced.add(renamed, module)
-    except AttributeError:
-        return sliced.add(renamed, module)
+    if (target, module) not in sliced.modules:
+        # The masks in an opaque module follow the module that tells the member.
+        opaque = any(isinstance(m, (Opaque, Follow)) for m in module.modules())
+        sliced.modules[target, module] = sliced.add(target, module if opaque else copy.deepcopy(module))
+    return sliced.modules[target, module]

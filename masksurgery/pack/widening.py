@@ -150,6 +150,8 @@ def _works_on_all(operation: Operation, member: Member) -> bool:
     """Its channels do not meet, so that those which are not read do no harm."""
     if not isinstance(member.net.facts[operation.node].value, Tensor) or len(operation.inputs) != 1:
         return False
+    if operation.layer is not None:
+        return operation.layer.groups > 1
     if operation.family == "channelwise":
         return kept_dims(operation, member.net) is not None
     return operation.family in ("same", "elementwise", "move") and not operation.constants
