@@ -36,46 +36,57 @@ def cut_layer(
     member: Member,
     keep: Mapping[int, Tensor],
     live: Mapping[int, Tensor] | None = None,
-    every_input: bool = False,
+    reads: Tensor | None = None,
 ) -> CutLayer:
     """Cut a layer on both sides: to the outputs that are kept, and to the inputs that are no constants.
 
     A grouped convolution keeps the groups that have an output, each with as many channels as the largest of them.
 
     Args:
-        keep: What is kept of its output.
+        keep: What is kept of its output; in any order if there is one group.
         live: What of that is not zero; None for all.
-        every_input: Read all inputs, with weights of zero for those that it would not read.
+        reads: Which inputs to read, in this order, zeros for those that it would leave out. For one group.
     """
     layer = operation.layer
     assert layer is not None
     foldable, zero = foldable_inputs(operation, member)
-    groups, channels = layer.groups, layer.channels
-    wanted = torch.zeros(channels, dtype=torch.bool)
-    wanted[keep.get(layer.dim, slice(None))] = True
-    rows, columns = wanted.reshape(groups, -1), ~foldable.reshape(groups, -1)
-    alive = rows.any(1).nonzero().reshape(-1)
-    unread = columns.new_zeros(columns.shape) if not every_input else ~columns
-    rows, columns = _largest_first(rows[alive]), _largest_first(columns[alive] | unread[alive])
-    inputs = (alive[:, None] * (len(foldable) // groups) + columns).reshape(-1)
-    outputs = (alive[:, None] * (channels // groups) + rows).reshape(-1)
+    alive, rows, columns = _choose(layer, keep.get(layer.dim), ~foldable)
+    columns = columns if reads is None else reads[None]
+    inputs = (alive[:, None] * (len(foldable) // layer.groups) + columns).reshape(-1)
+    outputs = (alive[:, None] * (layer.channels // layer.groups) + rows).reshape(-1)
     left_out = foldable.clone()
-    left_out[inputs[~unread.reshape(-1)[inputs]]] = False
+    if reads is None:
+        left_out[inputs] = False
     bias = folded_bias(operation, member, left_out)[outputs] if layer.has_bias or (left_out & ~zero).any() else None
     weight = layer.weight(alive, rows, columns)
-    if every_input:
-        weight = weight * ~unread.to(weight.device).reshape(1, 1, -1, *[1] * (weight.dim() - 3))
+    if reads is not None:
+        weight = weight * ~foldable[reads].to(weight.device).reshape(1, 1, -1, *[1] * (weight.dim() - 3))
     if live is not None:
         made = torch.isin(outputs, live[layer.dim]).to(weight.device)
         weight = weight * made.reshape(1, -1, *[1] * (weight.dim() - 2))
         bias = None if bias is None else bias * made
     module = _with_weights(layer, weight, bias)
-    return CutLayer(
-        module,
-        layer.dim,
-        None if len(inputs) == len(foldable) else inputs,
-        None if len(outputs) == channels else outputs,
-    )
+    return CutLayer(module, layer.dim, _unless_all(inputs, len(foldable)), _unless_all(outputs, layer.channels))
+
+
+def whole_layer(operation: Operation) -> nn.Module:
+    """A layer with all of its channels, and with what is folded into it."""
+    assert operation.layer is not None
+    return _with_weights(operation.layer, operation.layer.weight(), operation.layer.bias())
+
+
+def _choose(layer: Layer, keep: Tensor | None, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The groups to keep, and of each its outputs and inputs, as indices within the group."""
+    wanted = torch.zeros(layer.channels, dtype=torch.bool)
+    wanted[slice(None) if keep is None else keep] = True
+    rows, columns = wanted.reshape(layer.groups, -1), read.reshape(layer.groups, -1)
+    alive = rows.any(1).nonzero().reshape(-1)
+    in_order = _largest_first(rows[alive]) if keep is None or layer.groups > 1 else keep[None]
+    return alive, in_order, _largest_first(columns[alive])
+
+
+def _unless_all(index: Tensor, size: int) -> Tensor | None:
+    return None if torch.equal(index, torch.arange(size)) else index
 
 
 def _largest_first(chosen: Tensor) -> Tensor:

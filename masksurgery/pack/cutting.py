@@ -20,7 +20,7 @@ from masksurgery.pack.sliced import Sliced, shared_module
 from masksurgery.pack.widening import Widening, widen
 
 Keep = Mapping[int, Tensor]
-"""For each dimension that is cut the indices that are kept, in order."""
+"""For each dimension that is cut the indices that are kept, in the order that they stand in."""
 
 
 class Cutter:
@@ -32,9 +32,11 @@ class Cutter:
         self.member, self.sliced, self.shared = member, sliced, shared
         self.net: Network = member.net
         self.prefix = f"members.{member.index}." if prefix is None else prefix
+        self.is_alone = prefix is not None
+        """Its weights are not in one graph with those of other members."""
         self.needed = find_needed(member)
         self.keep = find_keep(member, self.needed)
-        self.widening = widen(member, self.keep, every_sum=prefix is not None) if dense else Widening()
+        self.widening = widen(member, self.keep, every_sum=self.is_alone) if dense else Widening()
         self.keep.update({(node, 0): keep for node, keep in self.widening.keep.items()})
         self.env: dict[fx.Node, Any] = {}
         self.cut: dict[Any, fx.Node] = {}
@@ -73,8 +75,8 @@ class Cutter:
         common = torch.isin(wanted, own)
         found = x
         inside = wanted[common]
-        if len(inside) != len(own):
-            found = self.sliced.call(f"{name}_select", Select(d, torch.searchsorted(own, inside).to(device)), found)
+        if not torch.equal(inside, own):
+            found = self.sliced.call(f"{name}_select", Select(d, positions(own, inside).to(device)), found)
         if len(inside) != len(wanted):
             fill = self._fill(known, d, wanted, common)
             at = common.nonzero().reshape(-1).to(device)
@@ -138,3 +140,9 @@ class Cutter:
 
 def same_index(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def positions(own: Tensor, wanted: Tensor) -> Tensor:
+    """Where indices stand among others, which hold all of them."""
+    order = own.argsort()
+    return order[torch.searchsorted(own[order], wanted)]

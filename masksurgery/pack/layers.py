@@ -56,6 +56,11 @@ class Layer:
         return int(getattr(self.module, "groups", 1))
 
     @property
+    def fan_in(self) -> int:
+        """Multiply-adds for a number of its output."""
+        return self.parameter.numel() // self.channels
+
+    @property
     def transposed(self) -> bool:
         return isinstance(self.module, nn.modules.conv._ConvTransposeNd)
 

@@ -75,6 +75,22 @@ class IndexAdd(nn.Module):
         return f"dim={self.dim}, channels={len(self.index)}"
 
 
+class SliceAdd(nn.Module):
+    """x with a branch added to the first of its channels; with `inplace`, x itself is changed."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.dim, self.channels, self.inplace = dim, channels, False
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        x = x if self.inplace else x.clone()
+        x.narrow(self.dim, 0, self.channels).add_(branch)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, channels={self.channels}"
+
+
 class ChannelAffine(nn.Module):
     """x * scale + shift, one number for each channel along a dimension."""
 

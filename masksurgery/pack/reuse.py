@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select
+from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, SliceAdd
 
 MAKERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, ChannelAffine,
-    IndexAdd, Place, Select,
+    IndexAdd, SliceAdd, Place, Select,
 )  # fmt: skip
 """Modules that return a tensor of their own, and need nothing of it later."""
 
@@ -38,7 +38,7 @@ def reuse_memory(graph: fx.Graph, root: nn.Module, sums: set[fx.Node]) -> None:
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         free = first in owned and len(first.users) == 1 if first is not None else False
-        if isinstance(module, IndexAdd):
+        if isinstance(module, (IndexAdd, SliceAdd)):
             module.inplace = free
         if isinstance(module, MAKERS):
             owned.add(node)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from masksurgery.opaque import Follow, Opaque
-from masksurgery.pack.cut_layers import cut_layer
+from masksurgery.pack.cut_layers import whole_layer
 from masksurgery.pack.families import Operation
 from masksurgery.pack.member import Member
 from masksurgery.pack.network import Network
@@ -97,8 +97,7 @@ def build_shared(member: Member, sliced: Sliced) -> dict[fx.Node, Any]:
         elif operation.family == "same":
             env[node] = env[operation.inputs[0][0]]
         elif operation.family == "layer":
-            cut = cut_layer(operation, member, {})
-            env[node] = sliced.call(f"shared.{node.target}", cut.module, env[operation.inputs[0][0]])
+            env[node] = sliced.graph.call_module(shared_layer(sliced, operation), (env[operation.inputs[0][0]],))
         elif operation.family == "affine":
             affine = member.operations.folding.affines[node]
             dtype = next(p.dtype for p in net.root.parameters() if p.is_floating_point())
@@ -133,6 +132,15 @@ def affine_module(affine: Any, index: Tensor | None, dtype: torch.dtype) -> nn.M
         return x.to(dtype)
 
     return ChannelAffine(affine.dim, cast(Tensor, cut(affine.scale)), cut(affine.shift))
+
+
+def shared_layer(sliced: Sliced, operation: Operation) -> str:
+    """The name of a layer with all of its channels."""
+    assert operation.layer is not None
+    key = str(operation.node.target), operation.layer.module
+    if key not in sliced.modules:
+        sliced.modules[key] = sliced.add(f"shared.{operation.node.target}", whole_layer(operation))
+    return sliced.modules[key]
 
 
 def shared_module(sliced: Sliced, node: fx.Node, module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor, fx
 
 from masksurgery.pack.cut_layers import cut_layer
-from masksurgery.pack.cutting import Cutter, Keep, same_index
-from masksurgery.pack.families import Operation, name_of, shape_of
-from masksurgery.pack.member import kept_dims
+from masksurgery.pack.cutting import Cutter, Keep, positions, same_index
+from masksurgery.pack.families import Operation, name_of, sample_shape, shape_of
+from masksurgery.pack.member import foldable_inputs, kept_dims
 from masksurgery.pack.moves import find_move
+from masksurgery.pack.nesting import is_sum
 from masksurgery.pack.network import Enter
-from masksurgery.pack.parts import ChannelAffine, IndexAdd, widened
+from masksurgery.pack.parts import ChannelAffine, IndexAdd, SliceAdd, widened
 from masksurgery.pack.reuse import is_plain_sum
-from masksurgery.pack.sliced import Barrier, affine_module
-from masksurgery.pack.widening import is_sum
+from masksurgery.pack.sliced import Barrier, affine_module, shared_layer
+
+NEARLY_WHOLE = 0.9
+"""Share of a layer's input channels from which on it is not cut for each member: a classifier's weights are many."""
 
 
 class Slicer(Cutter):
@@ -75,13 +79,33 @@ class Slicer(Cutter):
 
     def layer(self, operation: Operation) -> fx.Node:
         node, place = operation.node, operation.inputs[0]
-        live, every = self.widening.zero_rows.get(node), node in self.widening.zero_columns
-        cut = cut_layer(operation, self.member, self.kept((node, 0)), live, every)
+        if self._is_nearly_whole(operation):
+            return self.sliced.graph.call_module(shared_layer(self.sliced, operation), (self.get(place, {}),))
+        cut = cut_layer(
+            operation, self.member, self.kept((node, 0)), self.widening.zero_rows.get(node), self._reads(operation)
+        )
         others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
         found = self.sliced.call(f"{self.prefix}{node.target}", cut.module, self.get(place, inputs))
         have = {**others, cut.dim: cut.outputs} if cut.outputs is not None else others
         return self.get((node, 0), self.kept((node, 0)), have, found)
+
+    def _is_nearly_whole(self, operation: Operation) -> bool:
+        """It reads one vector for each sample, and almost all of it, so that the members can share its weights."""
+        place = operation.inputs[0]
+        if operation.layer is None or self.kept((operation.node, 0)) or self.is_alone:
+            return False
+        foldable, _ = foldable_inputs(operation, self.member)
+        vector = math.prod(sample_shape(self.net, place)) == len(foldable)
+        return vector and int((~foldable).sum()) >= NEARLY_WHOLE * len(foldable)
+
+    def _reads(self, operation: Operation) -> Tensor | None:
+        """All channels that the input of a layer has, if it is to read them."""
+        if operation.layer is None or operation.node not in self.widening.zero_columns:
+            return None
+        place, dim = operation.inputs[0], operation.layer.dim
+        own = self.kept(place).get(dim)
+        return torch.arange(shape_of(self.net, place)[dim]) if own is None else own
 
     def affine(self, operation: Operation) -> fx.Node:
         node, keep = operation.node, self.kept((operation.node, 0))
@@ -122,9 +146,11 @@ class Slicer(Cutter):
             known = self.member.of(branch)
             if not torch.isin(own[d], wanted).all() or bool((known.constant & ~known.zero).any()):
                 continue
-            at = torch.searchsorted(wanted, own[d]).to(self._device())
+            nested = self.widening.keep.get(operation.node)  # the branch has the first channels then
+            at = positions(wanted, own[d]).to(self._device())
+            module = SliceAdd(d, len(at)) if nested else IndexAdd(d, at)
             name = f"{self.prefix}{operation.node.name}"
-            return self.sliced.call(name, IndexAdd(d, at), self.get(base, keep), self.value(branch[0]))
+            return self.sliced.call(name, module, self.get(base, keep), self.value(branch[0]))
         return None
 
     def channelwise(self, operation: Operation) -> fx.Node:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
-from masksurgery.pack.families import Operation, name_of, shape_of
+from masksurgery.pack.families import Operation
 from masksurgery.pack.liveness import Keeps
 from masksurgery.pack.member import Member, keeps_zero, kept_dims
 from masksurgery.pack.moves import find_move
+from masksurgery.pack.nesting import find_nested, is_sum, passes_on
 
 Keep = Mapping[int, Tensor]
 
@@ -28,14 +30,14 @@ class Widening:
         zero_rows: Layers that make zeros for the output channels that they would not have to make: what they had to.
         zero_columns: Layers that read, and do not use, input channels that they would not have to read.
         passed: Masks that are not computed, because a layer before or after them does it.
-        full: Tensors with zeros for the channels that are not needed.
+        wide: Tensors with zeros for channels that are not needed.
     """
 
     keep: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_rows: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_columns: set[fx.Node] = field(default_factory=set)
     passed: set[fx.Node] = field(default_factory=set)
-    full: set[fx.Node] = field(default_factory=set)
+    wide: set[fx.Node] = field(default_factory=set)
 
 
 def widen(member: Member, keeps: Keeps, every_sum: bool = False) -> Widening:
@@ -45,6 +47,7 @@ def widen(member: Member, keeps: Keeps, every_sum: bool = False) -> Widening:
         every_sum: Let sums have all channels even if what they add has to be filled up, so that all members are alike.
     """
     result = Widening()
+    nested = set() if every_sum else find_nested(member, keeps)
     for node in member.net.graph.nodes:
         if node not in member.net.dependent or (node, 0) not in keeps:
             continue
@@ -52,12 +55,15 @@ def widen(member: Member, keeps: Keeps, every_sum: bool = False) -> Widening:
         if operation.family == "mask" and operation.inputs[0][0] not in member.net.dependent:
             _absorb(member, keeps, node, result)
         elif is_sum(operation, member):
-            _widen_sum(operation, member, keeps, result, every_sum)
+            if node not in nested or not _nest(operation, member, keeps, result):
+                _widen_sum(operation, member, keeps, result, every_sum)
         elif operation.layer is not None and operation.layer.groups == 1 and operation.inputs[0][0] in result.keep:
             result.zero_columns.add(node)
-        elif operation.inputs and operation.inputs[0][0] in result.full and _works_on_all(operation, member):
-            result.keep[node] = {}
-            result.full.add(node)
+        elif operation.inputs and operation.inputs[0][0] in result.wide:
+            keep = result.keep[operation.inputs[0][0]]
+            if passes_on(operation, member, *keep) if keep else _works_on_all(operation, member):
+                result.keep[node] = keep
+                result.wide.add(node)
     return result
 
 
@@ -72,29 +78,48 @@ def _widen_sum(operation: Operation, member: Member, keeps: Keeps, result: Widen
     """Let a sum have all channels, if what it adds can have them."""
     chains = []
     for place in operation.inputs:
-        is_full = place[0] in result.full or (place[0] not in result.keep and not keeps.get(place))
+        is_full = place[0] in result.wide or (place[0] not in result.keep and not keeps.get(place))
         chain = [] if is_full else _branch(member, keeps, place[0], result)
         if chain is None and not always:
             return
         chains.append(chain or [])
     for chain in chains:
-        for node in chain:
-            result.keep[node] = {}
-            if member.operations[node].family == "mask":
-                result.passed.add(node)
-        if chain:
-            result.zero_rows[chain[-1]] = keeps[chain[-1], 0]
+        _widen_branch(chain, {}, member, keeps, result)
     result.keep[operation.node] = {}
-    result.full.add(operation.node)
+    result.wide.add(operation.node)
 
 
-def is_sum(operation: Operation, member: Member) -> bool:
-    """It adds two tensors of one shape, and nothing else."""
-    if operation.family != "elementwise" or name_of(member.net, operation.node).strip("_") != "add":
+def _nest(operation: Operation, member: Member, keeps: Keeps, result: Widening) -> bool:
+    """Let a sum have the channels of one input first, and the other make all that the sum has, in this order."""
+    (d,) = keeps[operation.node, 0]
+    branches = {}
+    for place in operation.inputs:
+        chain = None if place[0] in result.keep else _branch(member, keeps, place[0], result)
+        if chain is not None and all(set(keeps[node, 0]) == {d} for node in chain):
+            branches[place] = chain
+    if not branches:
         return False
-    if len(operation.inputs) != 2 or operation.constants or operation.node.kwargs:
+    wide = min(branches, key=lambda place: member.operations[branches[place][-1]].layer.fan_in)  # type: ignore[union-attr]
+    (base,) = (place for place in operation.inputs if place != wide)
+    first = result.keep.get(base[0], keeps[base]).get(d)
+    if first is None:
         return False
-    return len({shape_of(member.net, place) for place in operation.inputs}) == 1
+    rest = keeps[operation.node, 0][d]
+    order = {d: torch.cat([first, rest[~torch.isin(rest, first)]])}
+    _widen_branch(branches[wide], order, member, keeps, result)
+    result.keep[operation.node] = order
+    result.wide.add(operation.node)
+    return True
+
+
+def _widen_branch(chain: list[fx.Node], keep: Keep, member: Member, keeps: Keeps, result: Widening) -> None:
+    """Let a branch have more channels, which its layer makes of nothing."""
+    for node in chain:
+        result.keep[node] = keep
+        if member.operations[node].family == "mask":
+            result.passed.add(node)
+    if chain:
+        result.zero_rows[chain[-1]] = keeps[chain[-1], 0]
 
 
 def _branch(member: Member, keeps: Keeps, node: fx.Node, result: Widening) -> list[fx.Node] | None:
