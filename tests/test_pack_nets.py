@@ -28,8 +28,8 @@ UNGROUPED = {
 }  # fmt: skip
 # torch cannot pickle these converted either: a parametrised module, and the function behind F.max_pool2d.
 UNPICKLED = {"parametrised", "flatten_to_linear"}
-# One layer, and it is a barrier: all members share it.
-WITHOUT_OWN_WEIGHTS = {"encoder_layer_as_output"}
+# What comes after the masks is a barrier, or stands behind one and reads all channels: all members share it.
+WITHOUT_OWN_WEIGHTS = {"encoder_layer_as_output", "arange_index"}
 
 nets = pytest.mark.parametrize("net", NETS.values(), ids=lambda net: net.name)
 

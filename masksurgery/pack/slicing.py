@@ -79,7 +79,7 @@ class Slicer(Cutter):
 
     def layer(self, operation: Operation) -> fx.Node:
         node, place = operation.node, operation.inputs[0]
-        if self._is_nearly_whole(operation):
+        if self._is_whole(operation):
             return self.sliced.graph.call_module(shared_layer(self.sliced, operation), (self.get(place, {}),))
         cut = cut_layer(
             operation, self.member, self.kept((node, 0)), self.widening.zero_rows.get(node), self._reads(operation)
@@ -90,14 +90,16 @@ class Slicer(Cutter):
         have = {**others, cut.dim: cut.outputs} if cut.outputs is not None else others
         return self.get((node, 0), self.kept((node, 0)), have, found)
 
-    def _is_nearly_whole(self, operation: Operation) -> bool:
-        """It reads one vector for each sample, and almost all of it, so that the members can share its weights."""
-        place = operation.inputs[0]
-        if operation.layer is None or self.kept((operation.node, 0)) or self.is_alone:
+    def _is_whole(self, operation: Operation) -> bool:
+        """The members can share its weights: it reads all channels, or almost all of one vector for each sample."""
+        node, place = operation.node, operation.inputs[0]
+        own = node in self.widening.zero_rows or node in self.widening.masking or self.kept((node, 0))
+        if operation.layer is None or own or self.is_alone:
             return False
         foldable, _ = foldable_inputs(operation, self.member)
+        share = float((~foldable).double().mean())
         vector = math.prod(sample_shape(self.net, place)) == len(foldable)
-        return vector and int((~foldable).sum()) >= NEARLY_WHOLE * len(foldable)
+        return share == 1 or (vector and share >= NEARLY_WHOLE)
 
     def _reads(self, operation: Operation) -> Tensor | None:
         """All channels that the input of a layer has, if it is to read them."""

@@ -29,6 +29,7 @@ class Widening:
         keep: For the tensors where that changes.
         zero_rows: Layers that make zeros for the output channels that they would not have to make: what they had to.
         zero_columns: Layers that read, and do not use, input channels that they would not have to read.
+        masking: Those of them that do what a mask before them would have done.
         passed: Masks that are not computed, because a layer before or after them does it.
         wide: Tensors with zeros for channels that are not needed.
     """
@@ -36,6 +37,7 @@ class Widening:
     keep: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_rows: dict[fx.Node, Keep] = field(default_factory=dict)
     zero_columns: set[fx.Node] = field(default_factory=set)
+    masking: set[fx.Node] = field(default_factory=set)
     passed: set[fx.Node] = field(default_factory=set)
     wide: set[fx.Node] = field(default_factory=set)
 
@@ -168,6 +170,7 @@ def _absorb(member: Member, keeps: Keeps, mask: fx.Node, result: Widening) -> No
                 return
     result.keep.update({node: {} for node in path})
     result.zero_columns |= layers
+    result.masking |= layers
     result.passed.add(mask)
 
 
