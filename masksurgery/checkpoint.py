@@ -49,7 +49,7 @@ def save(model: ConvertedModel | PackedModel, directory: str | Path, *, force: b
     if not force:
         check_replaceable(folder)
     tensors, aliases = collect_tensors(model, folder / WEIGHTS)
-    packed = Packing(model.layout, model.dense) if isinstance(model, PackedModel) else None
+    packed = Packing(model.layout, model.dense, model.digest) if isinstance(model, PackedModel) else None
     if packed:
         tensors |= {mask_key(name, True): torch.from_numpy(rows) for name, rows in model.surgery.masks.items()}
     text, identity = describe(model, aliases, folder / CONFIG, packed)

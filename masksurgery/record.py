@@ -103,10 +103,11 @@ class PartInputs:
 
 @dataclass(frozen=True)
 class Packing:
-    """What packs a model again: the arguments of `pack`."""
+    """What packs a model again: the arguments of `pack`; and the digest of what it made, which it has to make again."""
 
     layout: Literal["unrolled", "grouped"]
     dense: bool
+    digest: str
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,15 @@ def restore_packed(saved: SavedModel, converted: ConvertedModel) -> PackedModel:
     Args:
         converted: Of the recorded sites and masks, with any weights: what can be cut out depends on the masks alone.
     Raises:
-        CheckpointError: The file has other keys or shapes than what `pack` makes of it.
+        CheckpointError: The file has other keys, shapes or channels than what `pack` makes of it.
     """
     packing = saved.record.packed
     assert packing is not None
     model = pack(converted, packing.layout, dense=packing.dense)
     try:
         _check_state(model, saved, f"the packed model {type(model).__name__}")
+        if model.digest != packing.digest:
+            raise CheckpointError(f"{saved.weights}: its weights belong to other channels than are left now.")
     except CheckpointError as error:
         version = saved.record.versions.get("masksurgery")
         raise CheckpointError(

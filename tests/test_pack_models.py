@@ -35,7 +35,11 @@ MODELS = {
     "vit_small_patch16_224": Small(64, {"img_size": 64}),
     "swin_tiny_patch4_window7_224": Small(56, {"img_size": 56}),
 }
-models = pytest.mark.parametrize("name", MODELS)
+SOON = "resnet50"
+"""The one that is packed in the default tests."""
+models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != SOON)) for name in MODELS]
+)
 
 
 def images(batch: int, size: int, dtype: torch.dtype) -> Tensor:

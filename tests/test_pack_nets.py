@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from masksurgery.layers import _Masksembles
 from masksurgery.macs import count_macs
 from masksurgery.model import ConvertedModel
 from masksurgery.pack import PackedModel
+from masksurgery.pack.choosing import fastest
 from nets import NETS, Net, randomise
 from packing import as_dtype, assert_members, assert_packed, assert_same, in_dtype, largest, members_of, run
 
@@ -252,6 +254,26 @@ def test_layout_auto_chooses_one() -> None:
     ours = masksurgery.pack(model)
     assert ours.layout in ("unrolled", "grouped") and isinstance(ours.dense, bool)
     assert_packed(ours, model, samples(NETS["conv_bn_relu"]))
+
+
+@pytest.mark.parametrize(
+    ("unrolled", "grouped", "chosen"),
+    [
+        ((0.02, 0.02), (0.0, 0.0), "grouped"),
+        ((0.02, 0.0), (0.0, 0.02), "unrolled"),  # side by side only on a single sample
+        ((0.0, 0.02), (0.02, 0.0), "unrolled"),
+    ],
+)
+def test_the_fastest_is_fast_on_a_batch_too(
+    unrolled: tuple[float, float], grouped: tuple[float, float], chosen: str
+) -> None:
+    """Seconds that a forward of one sample and of more takes longer."""
+    _, model = convert(NETS["conv_bn_relu"])
+    models = [masksurgery.pack(model, "unrolled"), masksurgery.pack(model, "grouped")]
+    for one, pauses in zip(models, (unrolled, grouped), strict=True):
+        one.inputs["args"][0]["shape"][0] = 1
+        one.register_forward_pre_hook(lambda _, args, pauses=pauses: time.sleep(pauses[len(args[0]) > 1]))
+    assert fastest(models).layout == chosen
 
 
 def test_no_random_number_is_drawn() -> None:

@@ -43,6 +43,7 @@ def assert_same(one: PackedModel, other: Any, *args: Tensor) -> None:
     """`assert_equal`, and what only packed models have."""
     assert isinstance(other, PackedModel)
     assert (one.layout, one.dense, one.barriers) == (other.layout, other.dense, other.barriers)
+    assert one.digest == other.digest
     assert one.settings == other.settings and one.recipe == other.recipe
     assert one.surgery.masks.keys() == other.surgery.masks.keys()
     assert all((one.surgery.masks[name] == other.surgery.masks[name]).all() for name in one.surgery.masks)
@@ -90,7 +91,8 @@ def test_it_is_packed_in_the_same_way_again(layout: Any, dense: bool, tmp_path: 
     base = randomise(timm.create_model("test_resnet", num_classes=3), 0)
     packed = pack(masksurgery.convert(base), layout, dense=dense)
     masksurgery.save(packed, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["packed"] == {"layout": packed.layout, "dense": dense}
+    record = json.loads((tmp_path / CONFIG).read_text())["packed"]
+    assert record == {"layout": packed.layout, "dense": dense, "digest": packed.digest}
     assert_same(packed, masksurgery.load(tmp_path), torch.randn(2, 3, 64, 64))
 
 
@@ -207,6 +209,14 @@ def test_the_keys_are_not_those_that_packing_makes(
     fails(folder, WEIGHTS, "the keys are not those of the packed model Small. " + message.format(key=key) + again)
 
 
+def test_weights_of_other_channels(folder: Path) -> None:
+    """Of the right names and shapes, as another version of pack may have cut them."""
+    _, dense = packed_small(dense=True)
+    assert dense.digest != packed_small()[1].digest
+    change_config(folder, lambda config: config["packed"].update(digest=dense.digest))
+    fails(folder, WEIGHTS, r"its weights belong to other channels than are left now\. It was packed by")
+
+
 def test_integers_where_there_were_weights(folder: Path) -> None:
     key = first_weight(folder)
     change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].long()}))
@@ -233,7 +243,7 @@ def test_it_says_that_it_is_packed_where_it_is_not(folder: Path, tmp_path: Path)
     change_config(folder, lambda config: config.pop("packed"))
     fails(folder, WEIGHTS, r"'conv_mask\.masks' is missing")
     converted = masksurgery.save(small()[1], tmp_path / "converted")
-    change_config(converted, lambda config: config.update(packed={"layout": "unrolled", "dense": False}))
+    change_config(converted, lambda config: config.update(packed={"layout": "unrolled", "dense": False, "digest": ""}))
     fails(converted, WEIGHTS, r"'masks\.conv_mask' is missing")
 
 

@@ -129,7 +129,8 @@ def _finish(
         reuse_memory(sliced.graph, sliced.root, sliced.sums)
     if dense:
         _channels_last(sliced.root)
-    return PackedModel(sliced.root, sliced.graph, model, layout, dense, list(sliced.barriers.values()), name)
+    digest = sliced.digest()
+    return PackedModel(sliced.root, sliced.graph, model, layout, dense, list(sliced.barriers.values()), name, digest)
 
 
 def _channels_last(root: nn.Module) -> None:

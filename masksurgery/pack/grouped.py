@@ -85,6 +85,8 @@ def build_grouped(
     for other, _ in built[1:]:
         _check_alike(first, other)
     sliced.barriers.update(first.barriers)
+    for i, (other, _) in enumerate(built):
+        sliced.channels.update({f"members.{i}.{name}": channels for name, channels in other.channels.items()})
     graph = MemberGraph(first.root, first.graph)
     states = [other.root.state_dict() for other, _ in built]
     for name in states[0]:

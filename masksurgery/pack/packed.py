@@ -35,13 +35,15 @@ class PackedModel(Ensemble):
         dense: Weights have rows of zeros where a sum would need an index-add.
         barriers: Where something could not be cut out.
         name_of_head: The name of the head in `root`.
+        digest: Of which channels its weights belong to; weights go from one packed model to another of its digest.
     Attributes:
-        layout, dense, barriers: The same.
+        layout, dense, barriers, digest: The same.
     """
 
     layout: Literal["unrolled", "grouped"]
     dense: bool
     barriers: tuple[Barrier, ...]
+    digest: str
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class PackedModel(Ensemble):
         dense: bool,
         barriers: Sequence[Barrier],
         name_of_head: str,
+        digest: str = "",
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), source._base_type.__name__)
         self._take_over(root)
@@ -60,7 +63,7 @@ class PackedModel(Ensemble):
         self._record(surgery, source.settings, source.inputs, source.parts, names, source._base_type)
         recipe = find_recipe(source)  # by the modules of the base model, which are seen here for the last time
         self.recipe = recipe.to_dict() if recipe else None
-        self.layout, self.dense, self.barriers = layout, dense, tuple(barriers)
+        self.layout, self.dense, self.barriers, self.digest = layout, dense, tuple(barriers), digest
         self._take_facts(source)
         self.head_module.output = source.head_module.output
         self.head_module.temperature, self._threshold = source.head_module.temperature, source._threshold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from masksurgery.opaque import Follow, Opaque
-from masksurgery.pack.cut_layers import whole_layer
+from masksurgery.pack.cut_layers import CutLayer, whole_layer
 from masksurgery.pack.families import Operation
 from masksurgery.pack.member import Member
 from masksurgery.pack.network import Network
@@ -41,6 +42,8 @@ class Sliced:
     done: dict[Any, fx.Node] = field(default_factory=dict)
     sums: set[fx.Node] = field(default_factory=set)
     modules: dict[tuple[str, nn.Module], str] = field(default_factory=dict)
+    channels: dict[str, tuple[list[int] | None, list[int] | None]] = field(default_factory=dict)
+    """Of every layer that is cut which inputs and outputs it has, in order; None for all."""
 
     def add(self, target: str, module: nn.Module) -> str:
         """Register a module under a dotted name, with underscores until the name is free; that name."""
@@ -67,6 +70,15 @@ class Sliced:
         while hasattr(parent, name):
             name += "_"
         return parent, path, name
+
+    def add_layer(self, target: str, cut: CutLayer) -> str:
+        name = self.add(target, cut.module)
+        self.channels[name] = tuple(None if x is None else x.tolist() for x in (cut.inputs, cut.outputs))  # type: ignore[assignment]
+        return name
+
+    def digest(self) -> str:
+        """Of what its weights stand for: two of one digest can exchange them."""
+        return hashlib.sha256(repr(self.channels).encode()).hexdigest()[:16]
 
     def sweep(self) -> None:
         """Drop what nobody reads."""

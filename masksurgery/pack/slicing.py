@@ -86,7 +86,8 @@ class Slicer(Cutter):
         )
         others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
-        found = self.sliced.call(f"{self.prefix}{node.target}", cut.module, self.get(place, inputs))
+        name = self.sliced.add_layer(f"{self.prefix}{node.target}", cut)
+        found = self.sliced.graph.call_module(name, (self.get(place, inputs),))
         have = {**others, cut.dim: cut.outputs} if cut.outputs is not None else others
         return self.get((node, 0), self.kept((node, 0)), have, found)
 

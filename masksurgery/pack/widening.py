@@ -78,15 +78,17 @@ def _keeps_channels(operation: Operation, member: Member) -> bool:
 
 def _widen_sum(operation: Operation, member: Member, keeps: Keeps, result: Widening, always: bool) -> None:
     """Let a sum have all channels, if what it adds can have them."""
+    own = keeps[operation.node, 0]
+    if own and all(place[0] not in result.keep and _alike(keeps.get(place, {}), own) for place in operation.inputs):
+        return
     chains = []
     for place in operation.inputs:
         is_full = place[0] in result.wide or (place[0] not in result.keep and not keeps.get(place))
-        chain = [] if is_full else _branch(member, keeps, place[0], result)
-        if chain is None and not always:
-            return
-        chains.append(chain or [])
+        chains.append([] if is_full else _branch(member, keeps, place[0], result))
+    if not always and all(chain is None for chain in chains):
+        return
     for chain in chains:
-        _widen_branch(chain, {}, member, keeps, result)
+        _widen_branch(chain or [], {}, member, keeps, result)
     result.keep[operation.node] = {}
     result.wide.add(operation.node)
 
@@ -122,6 +124,10 @@ def _widen_branch(chain: list[fx.Node], keep: Keep, member: Member, keeps: Keeps
             result.passed.add(node)
     if chain:
         result.zero_rows[chain[-1]] = keeps[chain[-1], 0]
+
+
+def _alike(one: Keep, other: Keep) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[d], other[d]) for d in one)
 
 
 def _branch(member: Member, keeps: Keeps, node: fx.Node, result: Widening) -> list[fx.Node] | None:

@@ -51,7 +51,8 @@ def test_packed_is_converted(entry: dict[str, Any]) -> None:
     base, x = (base, many[:2]) if rounds else (base.float(), many[:2].float())
     model = masksurgery.convert(base, example_inputs=(x[:1],))
     packed = masksurgery.pack(model, "unrolled", dense=False)
-    assert_packed(packed, model, (x,), 1e-8 if rounds else None)
+    for form in (packed, masksurgery.pack(model, "unrolled", dense=True)):
+        assert_packed(form, model, (x,), 1e-8 if rounds else None)
     if CURRENT:
         family = next(family for family, other in FAMILIES.items() if other is entry)
         assert report.measure(entry, family, base, model, packed) == ROWS[family], "run tests/zoo/packing_report.py"
