@@ -120,9 +120,12 @@ class Cutter:
         module = operation.module if operation.module is not None else self.net.module(node)
         if operation.module is not None:
             args, kwargs = tuple(values[place[0]] for place in operation.inputs), {}
+        target = run.target
+        if module is None and run.op == "call_method" and target == "view" and not isinstance(args[1], torch.dtype):
+            target = "reshape"  # what is cut may lie in memory otherwise
         key = (node, repr((args, kwargs)))
         if key not in self.sliced.done:
-            target = run.target if module is None else self.module(node, module)
+            target = target if module is None else self.module(node, module)
             op = run.op if module is None else "call_module"
             self.sliced.done[key] = self.sliced.graph.create_node(op, target, args, kwargs, node.name)
         return self.sliced.done[key]

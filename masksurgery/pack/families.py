@@ -152,6 +152,8 @@ def _by_kinds(
     over = _over(net, node, module, name)
     if over is not None and len(inputs) == 1:
         return made("along", over=over, module=module)
+    if name == "type_as" and len({net.tensors(source)[0].dim() for source in inputs}) > 1:
+        return barrier("the type of a tensor of another rank")
     if single(net, node) and name in CASTS and kinds <= {"move", "pointwise"} and inputs and _same_shape(net, node):
         return made("elementwise", module=module)
     if not inputs or not kinds or name in BY_ROW or (module is not None and not _without_parameters(module)):

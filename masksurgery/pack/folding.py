@@ -19,6 +19,12 @@ LINEAR = (
 )  # fmt: skip
 HOMOGENEOUS_CALLS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "mean", "avg_pool2d", "amax"}
 
+RESHAPES = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "moveaxis", "squeeze",
+    "unsqueeze", "contiguous", "clone", "t", "mT", "getattr",
+}  # fmt: skip
+"""Moves that keep every number, and the order of the channels."""
+
 
 @dataclass
 class Folding:
@@ -174,7 +180,7 @@ def _commutes(net: Network, folding: Folding, node: fx.Node, affine: Affine) -> 
         if affine.shift is not None or not (positive or isinstance(module, LINEAR)):
             return False
         return type(module) in (*HOMOGENEOUS, *LINEAR)
-    if set(net.facts[node].kinds) <= {"move"} and node.target is not masked and len(net.tensors(node)) == 1:
+    if _name(node) in RESHAPES and set(net.facts[node].kinds) <= {"move"} and len(net.tensors(node)) == 1:
         source = _source(net, node)
         return source is not None and net.tensors(node)[0].numel() == net.tensors(source)[0].numel()
     return positive and _name(node) in HOMOGENEOUS_CALLS

@@ -37,7 +37,7 @@ class Grouped(nn.Module):
         self.member, self.batch_dims = member, tuple(batch_dims)
 
     def forward(self, *inputs: Any) -> Any:
-        stacked = {**dict(self.member.named_parameters()), **dict(self.member.named_buffers())}
+        stacked = _state(self.member)
         rest: list[Any] = []
 
         def run(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ class Grouped(nn.Module):
     def one(self, i: int) -> MemberGraph:
         """The graph of one member, with weights of its own."""
         graph = copy.deepcopy(self.member)
-        for name, x in self.member.state_dict().items():
+        for name, x in _state(self.member).items():
             _replace(graph, name, x[i].clone())
         return graph
 
@@ -88,7 +88,7 @@ def build_grouped(
     for i, (other, _) in enumerate(built):
         sliced.channels.update({f"members.{i}.{name}": channels for name, channels in other.channels.items()})
     graph = MemberGraph(first.root, first.graph)
-    states = [other.root.state_dict() for other, _ in built]
+    states = [_state(other.root) for other, _ in built]
     for name in states[0]:
         _replace(graph, name, torch.stack([state[name] for state in states]))
     arguments = tuple(shared[node] for node in inputs)
@@ -130,10 +130,15 @@ def _check_alike(one: Sliced, other: Sliced) -> None:
         same = (a.op, a.name, str(a.args), str(a.kwargs)) == (b.op, b.name, str(b.args), str(b.kwargs))
         if not same or (isinstance(a.target, str) and a.target != b.target):
             raise ConfigError(f"{_CANNOT} its members differ at '{a.name}' and '{b.name}'. {_INSTEAD}")
-    shapes = [{name: x.shape for name, x in sliced.root.state_dict().items()} for sliced in (one, other)]
+    shapes = [{name: x.shape for name, x in _state(sliced.root).items()} for sliced in (one, other)]
     differ = [name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
     if differ or len(nodes[0]) != len(nodes[1]):
         raise ConfigError(f"{_CANNOT} its members differ in the size of '{min(differ, default='')}'. {_INSTEAD}")
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those too that are not saved."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

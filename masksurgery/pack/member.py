@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,17 @@ def kept_dims(operation: Operation, net: Network) -> dict[int, int] | None:
             at = [k for k, out in enumerate(fact.dims[0]) if len(out) == 1 and out[0] in children]
             if len(at) == 1 and fact.dims[0][at[0]][0].size == dim[0].size:
                 found[d] = at[0]
-    return found if list(found.values()) == sorted(found.values()) else None
+    if list(found.values()) != sorted(found.values()):
+        return None
+    spatial = _window_dims(operation, net)  # a window may leave a size as it is
+    return {d: at for d, at in found.items() if d < len(net.facts[source].dims[0]) - spatial}
+
+
+def _window_dims(operation: Operation, net: Network) -> int:
+    """Along how many of the last dimensions a pooling mixes neighbours."""
+    name = name_of(net, operation.node)
+    found = re.search(r"pool(?:ing)?(\d)d", name, re.IGNORECASE)
+    return int(found[1]) if found else 0
 
 
 def foldable_inputs(operation: Operation, member: Member) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,10 @@ def _key(operation: Operation, net: Network) -> Any:
     values: Any = lambda n: _Value(net.facts[n].value)  # noqa: E731  # fx's own type of it is narrower
     args = fx.map_arg((node.args, node.kwargs), values)
     shapes = tuple(shape_of(net, place) for place in operation.inputs)
-    kind = (type(operation.module), repr(operation.module)) if operation.module is not None else node.target
+    # What modules that are not torch's do may depend on more than what they show.
+    known = type(operation.module).__module__.startswith("torch.nn.")
+    shown = repr(operation.module) if known else id(operation.module)
+    kind = (type(operation.module), shown) if operation.module is not None else node.target
     return kind, node.op, shapes, repr(args)
 
 
@@ -110,6 +113,8 @@ def _trace(operation: Operation, net: Network) -> list[Tensor] | None:
         table = torch.rand(int(max(x.max() for x in given)) + 1, generator=torch.Generator().manual_seed(0)).double()
         table[0] = 0
         others = _moved(operation, net, [table[x.long()] for x in given])
+        if not all(bool(((x >= 0) & (x < len(table))).all()) for x in found):
+            return None  # it puts other numbers than zero in between
         labels = [_shrink(x) for x in found]
         if others is None or not all(
             torch.equal(table[x].expand(y.shape), y) for x, y in zip(labels, others, strict=True)

@@ -20,6 +20,7 @@ from masksurgery.layers import Assignment, Members, Repeat, _Masksembles
 from masksurgery.layout import Facts, analyse, call_node
 from masksurgery.model import ConvertedModel
 from masksurgery.opaque import Follow, Opaque
+from masksurgery.pack.functional import make_functional
 from masksurgery.part import Part
 from masksurgery.types import LayoutError
 
@@ -99,7 +100,7 @@ def member_network(model: ConvertedModel) -> Network:
     masks = {name: m for name, m in root.named_modules() if isinstance(m, _Masksembles)}
     graph, opaque = _copy_graph(model, root)
     root._modules = {name: m for name, m in root._modules.items() if name not in masks}
-    _make_functional(graph, root)
+    make_functional(graph, root)
     _fold_constants(graph, root)
     root.eval()
     watch = [name for name, module in root.named_modules() if isinstance(module, Part)]
@@ -174,44 +175,7 @@ def _translate(value: Any, env: dict[fx.Node, Any]) -> Any:
     return fx.map_arg(value, lambda source: env[source])
 
 
-# --- what would be changed in place, and what is the same for every input --------------------------------------------
-
-
-def _make_functional(graph: fx.Graph, root: nn.Module) -> None:
-    """Let what changes its input make a new tensor instead, which is what later readers get."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if not _is_in_place(node, root):
-            continue
-        source = node.args[0] if node.args else node.all_input_nodes[0]
-        if not isinstance(source, fx.Node):
-            continue
-        for user in [user for user in source.users if order[user] > order[node]]:
-            user.replace_input_with(source, node)
-        if node.op == "call_method":
-            node.target = str(node.target)[:-1]
-        elif node.target in _OUT_OF_PLACE:
-            node.target = _OUT_OF_PLACE[node.target]
-        elif node.op == "call_function":
-            node.kwargs = {**node.kwargs, "inplace": False}
-    for module in root.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "mul", "sub", "truediv", "floordiv", "pow", "matmul", "mod")
-}
-
-
-def _is_in_place(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
-    if node.op == "call_module":
-        return getattr(root.get_submodule(str(node.target)), "inplace", False) is True
-    return node.op == "call_function" and (node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") is True)
+# --- what is the same for every input --------------------------------------------------------------------------------
 
 
 def _fold_constants(graph: fx.Graph, root: nn.Module) -> None:

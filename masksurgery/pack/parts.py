@@ -67,7 +67,8 @@ class IndexAdd(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        if self.inplace:
+        x, branch, owned = _promote(x, branch)
+        if self.inplace or owned:
             return x.index_add_(self.dim, self.index, branch)
         return x.index_add(self.dim, self.index, branch)
 
@@ -83,12 +84,24 @@ class SliceAdd(nn.Module):
         self.dim, self.channels, self.inplace = dim, channels, False
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        x = x if self.inplace else x.clone()
+        x, branch, owned = _promote(x, branch)
+        x = x if self.inplace or owned else x.clone()
         x.narrow(self.dim, 0, self.channels).add_(branch)
         return x
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, channels={self.channels}"
+
+
+def add_into(x: Tensor, other: Tensor) -> Tensor:
+    """x + other, written into x if it can hold the sum: under autocast they may differ in dtype."""
+    return x.add_(other) if torch.promote_types(x.dtype, other.dtype) == x.dtype else x + other
+
+
+def _promote(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both in the dtype of their sum; whether x is a copy now."""
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    return x.to(dtype), branch.to(dtype), x.dtype != dtype
 
 
 class ChannelAffine(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, SliceAdd
+from masksurgery.pack.parts import ChannelAffine, IndexAdd, Place, Select, SliceAdd, add_into
 
 MAKERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, ChannelAffine,
@@ -59,7 +59,7 @@ def _add_in_place(node: fx.Node, owned: set[fx.Node]) -> None:
     one, other = node.args
     for into, added in ((one, other), (other, one)):
         if isinstance(into, fx.Node) and into in owned and len(into.users) == 1 and into is not added:
-            node.op, node.target = "call_function", operator.iadd
+            node.op, node.target = "call_function", add_into
             node.args = (into, added)
             return
 

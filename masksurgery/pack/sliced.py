@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ class Sliced:
     done: dict[Any, fx.Node] = field(default_factory=dict)
     sums: set[fx.Node] = field(default_factory=set)
     modules: dict[tuple[str, nn.Module], str] = field(default_factory=dict)
+    layers: dict[fx.Node, str] = field(default_factory=dict)
     channels: dict[str, tuple[list[int] | None, list[int] | None]] = field(default_factory=dict)
     """Of every layer that is cut which inputs and outputs it has, in order; None for all."""
 
@@ -109,7 +110,9 @@ def build_shared(member: Member, sliced: Sliced) -> dict[fx.Node, Any]:
         elif operation.family == "same":
             env[node] = env[operation.inputs[0][0]]
         elif operation.family == "layer":
-            env[node] = sliced.graph.call_module(shared_layer(sliced, operation), (env[operation.inputs[0][0]],))
+            env[node] = call_layer(
+                sliced, operation, shared_layer(sliced, operation), env[operation.inputs[0][0]], env.__getitem__
+            )
         elif operation.family == "affine":
             affine = member.operations.folding.affines[node]
             dtype = next(p.dtype for p in net.root.parameters() if p.is_floating_point())
@@ -147,12 +150,18 @@ def affine_module(affine: Any, index: Tensor | None, dtype: torch.dtype) -> nn.M
 
 
 def shared_layer(sliced: Sliced, operation: Operation) -> str:
-    """The name of a layer with all of its channels."""
-    assert operation.layer is not None
-    key = str(operation.node.target), operation.layer.module
-    if key not in sliced.modules:
-        sliced.modules[key] = sliced.add(f"shared.{operation.node.target}", whole_layer(operation))
-    return sliced.modules[key]
+    """The name of a layer with all of its channels, and with what follows this call of it folded in."""
+    if operation.node not in sliced.layers:
+        sliced.layers[operation.node] = sliced.add(f"shared.{operation.node.target}", whole_layer(operation))
+    return sliced.layers[operation.node]
+
+
+def call_layer(sliced: Sliced, operation: Operation, name: str, x: fx.Node, value: Callable[[fx.Node], Any]) -> fx.Node:
+    """Call a layer with what the node passes it beside its input, such as the size of its output."""
+    node = operation.node
+    source = operation.inputs[0][0]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: x if n is source else value(n))
+    return sliced.graph.call_module(name, args, kwargs)
 
 
 def shared_module(sliced: Sliced, node: fx.Node, module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from masksurgery.pack.nesting import is_sum
 from masksurgery.pack.network import Enter
 from masksurgery.pack.parts import ChannelAffine, IndexAdd, SliceAdd, widened
 from masksurgery.pack.reuse import is_plain_sum
-from masksurgery.pack.sliced import Barrier, affine_module, shared_layer
+from masksurgery.pack.sliced import Barrier, affine_module, call_layer, shared_layer
 
 NEARLY_WHOLE = 0.9
 """Share of a layer's input channels from which on it is not cut for each member: a classifier's weights are many."""
@@ -80,14 +80,16 @@ class Slicer(Cutter):
     def layer(self, operation: Operation) -> fx.Node:
         node, place = operation.node, operation.inputs[0]
         if self._is_whole(operation):
-            return self.sliced.graph.call_module(shared_layer(self.sliced, operation), (self.get(place, {}),))
+            return call_layer(
+                self.sliced, operation, shared_layer(self.sliced, operation), self.get(place, {}), self.value
+            )
         cut = cut_layer(
             operation, self.member, self.kept((node, 0)), self.widening.zero_rows.get(node), self._reads(operation)
         )
         others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
         name = self.sliced.add_layer(f"{self.prefix}{node.target}", cut)
-        found = self.sliced.graph.call_module(name, (self.get(place, inputs),))
+        found = call_layer(self.sliced, operation, name, self.get(place, inputs), self.value)
         have = {**others, cut.dim: cut.outputs} if cut.outputs is not None else others
         return self.get((node, 0), self.kept((node, 0)), have, found)
 

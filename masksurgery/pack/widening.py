@@ -163,11 +163,14 @@ def _absorb(member: Member, keeps: Keeps, mask: fx.Node, result: Widening) -> No
     layers: set[fx.Node] = set()
     path, stack = [mask], [mask]
     while stack:
-        for reader in member.net.readers(stack.pop()):
+        source = stack.pop()
+        for reader in member.net.readers(source):
             if reader.op == "output":
                 return
             operation = member.operations[reader]
             if operation.layer is not None and operation.layer.groups == 1:
+                if set(keeps[source, 0]) != {operation.layer.dim}:  # what it mixes are not the masked channels
+                    return
                 layers.add(reader)
             elif _works_on_all(operation, member) and keeps.get((reader, 0)):  # else it is no longer known what is zero
                 path.append(reader)
@@ -184,8 +187,8 @@ def _works_on_all(operation: Operation, member: Member) -> bool:
     """Its channels do not meet, so that those which are not read do no harm."""
     if not isinstance(member.net.facts[operation.node].value, Tensor) or len(operation.inputs) != 1:
         return False
-    if operation.layer is not None:
-        return operation.layer.groups > 1
+    if operation.layer is not None:  # depthwise
+        return operation.layer.groups == member.net.tensors(operation.inputs[0][0])[0].shape[operation.layer.dim]
     if operation.family == "channelwise":
         return kept_dims(operation, member.net) is not None
     return operation.family in ("same", "elementwise", "move") and not operation.constants
