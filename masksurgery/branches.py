@@ -16,7 +16,7 @@ from torch.fx.proxy import Attribute, Proxy
 
 from masksurgery.copying import copy_with
 from masksurgery.example import BATCH_SIZES, Example
-from masksurgery.layout import call_node
+from masksurgery.running import call_node
 from masksurgery.types import LayoutError, TraceError
 
 

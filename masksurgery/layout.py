@@ -7,22 +7,17 @@ from `k*b` rows.
 
 from __future__ import annotations
 
-import contextlib
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.axes import Axis, Dims, get_dims, set_dims
-from masksurgery.copying import copy_with, meta_copy
 from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.kinds import is_norm
+from masksurgery.running import Shape, run_nodes, run_somehow, shapes
 from masksurgery.tracker import InnerCall, Recorder, Tracker, paired
 from masksurgery.types import Layout, LayoutError
 
@@ -73,14 +68,6 @@ class Facts:
 NodeFacts = Mapping[fx.Node, Facts]
 
 
-class Shape(tuple[int, ...]):
-    """The shape of a tensor, as a leaf of a tree."""
-
-
-def shapes(value: Any) -> Any:
-    return tree_map(lambda leaf: Shape(leaf.shape) if isinstance(leaf, Tensor) else leaf, value)
-
-
 def layout_of(dims: Dims, name: str) -> Layout:
     """The layout of one tensor.
 
@@ -129,15 +116,11 @@ def analyse(
     Raises:
         LayoutError: The graph cannot be run.
     """
-    # The meta device is two to three times as fast as fake tensors, but does not know a CPU tensor beside a meta one.
-    for make in (_on_meta, _on_fake, _on_values) if watch else (_on_meta, _on_fake):
-        try:
-            with torch.no_grad(), make(root, example) as (module, given):
-                return _analyse(graph, module.train(training), given, example.dims, channel_dim, watch)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            failure = error
-    data = "" if watch else " without data"
-    raise LayoutError(f"The model cannot be run{data}, on its example inputs: {failure}") from failure
+
+    def collect(module: nn.Module, given: Sequence[Mapping[str, Any]]) -> dict[fx.Node, Facts]:
+        return _analyse(graph, module.train(training), given, example.dims, channel_dim, watch)
+
+    return run_somehow(root, example, bool(watch), collect)
 
 
 def _analyse(
@@ -149,7 +132,7 @@ def _analyse(
     watch: Collection[str],
 ) -> dict[fx.Node, Facts]:
     recorder = Recorder(module, watch)
-    run = _run(graph, module, given[1], lambda node, call: call())
+    run = run_nodes(graph, module, given[1], lambda node, call: call())
     others = {node: (shapes(value), recorder.take()) for node, value in run}
     facts: dict[fx.Node, Facts] = {}
     tracker = Tracker()
@@ -175,55 +158,9 @@ def _analyse(
         _finalise(fact, tracker, channel_dim(node))
         return value
 
-    for _ in _run(graph, module, given[0], track):
+    for _ in run_nodes(graph, module, given[0], track):
         pass
     return facts
-
-
-def _run(
-    graph: fx.Graph, module: nn.Module, inputs: Mapping[str, Any], step: Callable[[fx.Node, Callable[[], Any]], Any]
-) -> Iterator[tuple[fx.Node, Any]]:
-    env: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
-        try:
-            env[node] = step(node, lambda: call_node(node, module, inputs, args, kwargs))  # noqa: B023
-        except LayoutError:
-            raise
-        except Exception as error:
-            raise RuntimeError(f"node '{node.name}' ({node.op} {node.target}): {error}") from error
-        yield node, env[node]
-
-
-def call_node(node: fx.Node, module: nn.Module, inputs: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-    """What a node computes.
-
-    Args:
-        node: Of a graph that was traced from `module`.
-        inputs: Values of the placeholders, by name.
-        args: Its arguments, nodes replaced by values; `kwargs` likewise.
-    """
-    args, kwargs = thaw(args), thaw(kwargs)
-    if node.op == "placeholder":
-        return inputs[cast(str, node.target)]
-    if node.op == "get_attr":
-        return operator.attrgetter(cast(str, node.target))(module)
-    if node.op == "call_module":
-        return module.get_submodule(cast(str, node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
-    if node.op == "call_function":
-        return cast(Callable[..., Any], node.target)(*args, **kwargs)
-    return args[0]
-
-
-def thaw(value: Any) -> Any:
-    """Arguments of a node as the generated code would make them: lists that a function may write into."""
-    if isinstance(value, immutable_list):
-        return [thaw(part) for part in value]
-    if isinstance(value, immutable_dict):
-        return {key: thaw(part) for key, part in value.items()}
-    return tuple(map(thaw, value)) if type(value) is tuple else value
 
 
 def _announce(sources: list[Facts]) -> None:
@@ -272,24 +209,3 @@ def _finalise(fact: Facts, tracker: Tracker, channel_dim: int | None) -> None:
                     fact.children.setdefault(parent, set()).add(axis)
             dims.append(fresh)
         fact.dims.append(tuple(dims))
-
-
-Run = tuple[nn.Module, Sequence[Mapping[str, Any]]]
-"""A copy of a module, and what it takes at each of BATCH_SIZES."""
-
-
-@contextlib.contextmanager
-def _on_meta(root: nn.Module, example: Example) -> Iterator[Run]:
-    yield meta_copy(root), example.without_data("meta")
-
-
-@contextlib.contextmanager
-def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield copy_with(root, mode.from_tensor), example.without_data()
-
-
-@contextlib.contextmanager
-def _on_values(root: nn.Module, example: Example) -> Iterator[Run]:
-    with torch.random.fork_rng(devices=[]):
-        yield copy_with(root, torch.clone), example.values

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from masksurgery.copying import copy_module
 from masksurgery.example import Example
 from masksurgery.inputs import bind, placeholder_values
-from masksurgery.layout import thaw
 from masksurgery.model import ConvertedModel
+from masksurgery.running import thaw
 from masksurgery.tracing import Traces, trace
 from masksurgery.types import Site
 

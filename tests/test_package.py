@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 ROWS = (
     ("types", "masks"),
     ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores", "drawing"),
-    ("tracker", "layout", "branches", "tracing"),
+    ("running", "tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "ties", "candidates", "heads", "sites", "rewrite"),
     ("graphs", "ensemble", "part", "model", "macs", "convert", "input_repeat"),
     ("oracle", "record", "sources", "weights", "adapt", "sizes", "verify", "recalibrate", "factory"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from masksurgery.pack.families import Operation, sample_shape, shape_of
+from masksurgery.pack.families import Operation, pattern_shape, shape_of
 from masksurgery.pack.member import Member, foldable_inputs, is_product, kept_dims
 from masksurgery.pack.moves import trace_labels
 from masksurgery.pack.patterns import align, along, reduce_any, vector_of
@@ -67,7 +67,7 @@ def need_channelwise(operation: Operation, member: Member, needed: Sequence[Tens
 
 
 def need_move(operation: Operation, member: Member, needed: Sequence[Tensor]) -> list[Tensor]:
-    shapes = [sample_shape(member.net, place) for place in operation.inputs]
+    shapes = [pattern_shape(member.net, place) for place in operation.inputs]
     whole = [torch.ones([1] * len(shape), dtype=torch.bool) for shape in shapes]
     if all(bool(pattern.all()) for pattern in needed):
         return whole

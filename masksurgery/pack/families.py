@@ -76,9 +76,15 @@ def shape_of(net: Network, place: Place) -> tuple[int, ...]:
 
 
 def sample_shape(net: Network, place: Place) -> tuple[int, ...]:
-    """The shape of a tensor with 1 where the samples are: nothing is known of one that does not hold for all."""
+    """The shape of a tensor with 1 where the samples are."""
     dims = net.facts[place[0]].dims[place[1]]
     return tuple(1 if any(axis.batch for axis in dim) else n for dim, n in zip(dims, shape_of(net, place), strict=True))
+
+
+def pattern_shape(net: Network, place: Place) -> tuple[int, ...]:
+    """The same with 1 along free dimensions too: what is known or read of one entry there holds for all."""
+    free = net.free.of(*place)
+    return tuple(1 if d in free else size for d, size in enumerate(sample_shape(net, place)))
 
 
 def single(net: Network, node: fx.Node) -> bool:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from masksurgery.pack.families import Operation, sample_shape, shape_of
-from masksurgery.pack.member import Member, evaluate, foldable_inputs, folded_bias, is_product, keeps_zero, kept_dims
+from masksurgery.pack.families import Operation, pattern_shape, shape_of
+from masksurgery.pack.member import (
+    Member,
+    depends_on_sizes,
+    evaluate,
+    foldable_inputs,
+    folded_bias,
+    is_product,
+    keeps_zero,
+    kept_dims,
+)
 from masksurgery.pack.moves import call, trace_labels
 from masksurgery.pack.patterns import Known, align, along, compress, numbers
 
@@ -79,11 +88,9 @@ def applied(operation: Operation, member: Member, inputs: list[Known]) -> list[K
         zero = torch.ones([1] * rank, dtype=torch.bool)
         for known in aligned:
             zero = zero & known.zero
-    if bool((constant & ~zero).any()):
+    if bool((constant & ~zero).any()) and not depends_on_sizes(operation, member.net):
         value = evaluate(operation, member.net, [known.value for known in aligned])
-        if value is None or sum(size > 1 for size in value.shape) > 1:
-            constant = zero
-        else:
+        if value is not None and sum(size > 1 for size in value.shape) <= 1:
             return [Known(compress(zero), compress(constant | zero), torch.where(zero, 0.0, value))]
     return [Known.zeros(zero)]
 
@@ -121,7 +128,7 @@ def known_move(operation: Operation, member: Member) -> list[Known]:
         return []
     inputs = [member.of(place) for place in operation.inputs]
     flat = [
-        [x.expand(sample_shape(member.net, place)).reshape(-1) for x in (known.zero, known.constant, known.value)]
+        [x.expand(pattern_shape(member.net, place)).reshape(-1) for x in (known.zero, known.constant, known.value)]
         for known, place in zip(inputs, operation.inputs, strict=True)
     ]
     zero, constant = (torch.cat([torch.tensor([True]), *(parts[i] for parts in flat)]) for i in (0, 1))

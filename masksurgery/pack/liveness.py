@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from masksurgery.pack import backwards, forwards
-from masksurgery.pack.families import Operation, Operations, Place, sample_shape, shape_of
+from masksurgery.pack.families import Operation, Operations, Place, pattern_shape, shape_of
 from masksurgery.pack.member import Member
 from masksurgery.pack.moves import Labels
 from masksurgery.pack.patterns import Known, compress, reduce_any
@@ -57,15 +57,15 @@ def find_known(operations: Operations, member: int, labels: Labels) -> Member:
         if rule is None or not interesting or node not in operations.net.dependent:
             continue
         for k, known in enumerate(rule(operation, found)):
-            known = _of_all_samples(known, sample_shape(operations.net, (node, k)))
+            known = _of_all(known, pattern_shape(operations.net, (node, k)))
             if known.anything:
                 found.known[node, k] = known
     return found
 
 
-def _of_all_samples(known: Known, shape: Sequence[int]) -> Known:
-    """What holds for every sample."""
-    if all(size == 1 or shape[d] > 1 for d, size in enumerate(known.constant.shape)):
+def _of_all(known: Known, shape: Sequence[int]) -> Known:
+    """What holds for every sample, and all along free dimensions."""
+    if all(size == 1 or shape[d] > 1 for x in (known.constant, known.value) for d, size in enumerate(x.shape)):
         return known
     zero = known.zero
     for d, size in enumerate(shape):
@@ -90,7 +90,7 @@ def find_needed(member: Member) -> dict[Place, Tensor]:
             own = [~pattern for pattern in own]
             needed.update(((node, k), pattern) for k, pattern in enumerate(own))
         for place, pattern in zip(operation.inputs, needed_inputs(operation, member, own), strict=True):
-            pattern = reduce_any(pattern, sample_shape(net, place))
+            pattern = reduce_any(pattern, pattern_shape(net, place))
             if not pattern.any() and any(bool(x.any()) for x in own):
                 pattern = _first(torch.ones_like(pattern))  # a constant still needs the shape of what it is made of
             before = needed.get(place)

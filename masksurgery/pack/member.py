@@ -13,6 +13,8 @@ from masksurgery.pack.moves import Labels, call
 from masksurgery.pack.network import Network
 from masksurgery.pack.patterns import Known, vector_of
 
+DIVISIONS = ("truediv", "div", "divide", "true_divide")
+
 
 @dataclass
 class Member:
@@ -41,8 +43,15 @@ def is_product(operation: Operation, net: Network) -> bool:
     return operation.module is None and name.strip("_") in ("mul", "multiply") and not operation.node.kwargs
 
 
+def depends_on_sizes(operation: Operation, net: Network) -> bool:
+    """It reads a number that changes with the size of the inputs."""
+    return any(node in net.free.numbers for node in operation.node.all_input_nodes)
+
+
 def keeps_zero(operation: Operation, net: Network) -> bool:
     """It makes zeros of zeros."""
+    if depends_on_sizes(operation, net) and name_of(net, operation.node).strip("_") not in DIVISIONS:
+        return False
     value = evaluate(operation, net, [torch.zeros(1, dtype=torch.float64)] * len(operation.inputs))
     return value is not None and not value.any()
 

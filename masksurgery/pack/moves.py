@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from masksurgery.layout import call_node
-from masksurgery.pack.families import Operation, sample_shape, shape_of
+from masksurgery.pack.families import Operation, pattern_shape, shape_of
 from masksurgery.pack.network import Network
+from masksurgery.running import call_node
 
 Labels = dict[Any, "list[Tensor] | None"]
 """What was found before, by what an operation does and to which shapes."""
@@ -68,7 +68,7 @@ def _key(operation: Operation, net: Network) -> Any:
     node = operation.node
     values: Any = lambda n: _Value(net.facts[n].value)  # noqa: E731  # fx's own type of it is narrower
     args = fx.map_arg((node.args, node.kwargs), values)
-    shapes = tuple(shape_of(net, place) for place in operation.inputs)
+    shapes = tuple((shape_of(net, place), pattern_shape(net, place)) for place in operation.inputs)
     # What modules that are not torch's do may depend on more than what they show.
     known = type(operation.module).__module__.startswith("torch.nn.")
     shown = repr(operation.module) if known else id(operation.module)
@@ -96,7 +96,7 @@ def _samples(operation: Operation, net: Network) -> list[Tensor]:
     """The labels of one sample."""
     given, start = [], 1
     for place in operation.inputs:
-        shape = sample_shape(net, place)
+        shape = pattern_shape(net, place)
         size = torch.Size(shape).numel()
         given.append(torch.arange(start, start + size, dtype=torch.float64).reshape(shape))
         start += size
@@ -144,12 +144,12 @@ def _shrink(labels: Tensor) -> Tensor:
 
 
 def find_move(
-    operation: Operation, net: Network, cache: Labels, outputs: Sequence[Mapping[int, Tensor]]
+    operation: Operation, net: Network, cache: Labels, outputs: Sequence[Mapping[int, Tensor] | None]
 ) -> tuple[list[dict[int, Tensor]], Variant | None] | None:
     """How a move makes no more than some of its outputs' channels.
 
     Args:
-        outputs: For each output the indices that are kept, by dimension.
+        outputs: For each output the indices that are kept, by dimension; None for one that is not read.
     Returns:
         The indices to keep of each input, and the node's arguments with other sizes where it needs them; None if
         there is no way. Whatever is returned has been tried on labels.
@@ -158,8 +158,8 @@ def find_move(
     if maps is None:
         return None
     node = operation.node
-    expected = [_take(labels, keep) for labels, keep in zip(maps, outputs, strict=True)]
-    shapes = [_cut_shape(shape_of(net, (node, k)), keep) for k, keep in enumerate(outputs)]
+    expected = [None if keep is None else _take(labels, keep) for labels, keep in zip(maps, outputs, strict=True)]
+    shapes = [None if keep is None else _cut_shape(shape_of(net, (node, k)), keep) for k, keep in enumerate(outputs)]
     inputs = _sources(operation, net, expected)
     if inputs is None:
         return None
@@ -174,11 +174,14 @@ def find_move(
             except (RuntimeError, TypeError, ValueError, IndexError):
                 continue
             leaves = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-            alike = len(leaves) == len(expected) and [tuple(x.shape) for x in leaves] == shapes
-            if alike and all(bool((x == y).all()) for x, y in zip(leaves, expected, strict=True)):
+            if len(leaves) == len(expected) and all(map(_is_as_expected, leaves, expected, shapes)):
                 return inputs, variant
             break
     return None
+
+
+def _is_as_expected(x: Tensor, labels: Tensor | None, shape: tuple[int, ...] | None) -> bool:
+    return labels is None or (tuple(x.shape) == shape and bool((x == labels).all()))
 
 
 def _cut_shape(shape: Sequence[int], keep: Mapping[int, Tensor]) -> tuple[int, ...]:
@@ -192,13 +195,14 @@ def _take(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     return x
 
 
-def _sources(operation: Operation, net: Network, expected: list[Tensor]) -> list[dict[int, Tensor]] | None:
+def _sources(operation: Operation, net: Network, expected: Sequence[Tensor | None]) -> list[dict[int, Tensor]] | None:
     """The channels of each input that hold what is expected."""
-    shapes = [sample_shape(net, place) for place in operation.inputs]
+    shapes = [pattern_shape(net, place) for place in operation.inputs]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     taken = torch.zeros(1 + sum(sizes), dtype=torch.bool)
     for labels in expected:
-        taken[labels.reshape(-1)] = True
+        if labels is not None:
+            taken[labels.reshape(-1)] = True
     found = []
     for part, shape in zip(taken[1:].split(sizes), shapes, strict=True):
         if not part.any():
@@ -212,18 +216,19 @@ def _sources(operation: Operation, net: Network, expected: list[Tensor]) -> list
     return found
 
 
-def _resized(node: fx.Node, shapes: list[tuple[int, ...]], net: Network) -> Variant | None:
-    """The node with the sizes that its outputs have now."""
+def _resized(node: fx.Node, shapes: Sequence[tuple[int, ...] | None], net: Network) -> Variant | None:
+    """The node with the sizes that its outputs have now; None where these are not fixed."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     full = [tuple(x.shape) for x in net.tensors(node)]
     if node.op not in ("call_method", "call_function"):
         return None
     if name in ("chunk", "split", "split_with_sizes", "tensor_split"):
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        if not isinstance(dim, int):
+        if not isinstance(dim, int) or any(dim % len(shape) in net.free.of(node, k) for k, shape in enumerate(full)):
             return None
-        return Variant("call_function", torch.split, (node.args[0], [shape[dim] for shape in shapes], dim), {})
-    if name not in ("view", "reshape", "expand", "unflatten") or node.kwargs or len(full) != 1:
+        parts = [0 if shape is None else shape[dim] for shape in shapes]
+        return Variant("call_function", torch.split, (node.args[0], parts, dim), {})
+    if name not in ("view", "reshape", "expand", "unflatten") or node.kwargs or shapes[0] is None or len(full) != 1:
         return None
     first = 1
     start = 0

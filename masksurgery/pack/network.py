@@ -17,12 +17,17 @@ from masksurgery.example import Example
 from masksurgery.inputs import make_inputs
 from masksurgery.kinds import channel_dim_of
 from masksurgery.layers import Assignment, Members, Repeat, _Masksembles
-from masksurgery.layout import Facts, analyse, call_node
+from masksurgery.layout import Facts, analyse
 from masksurgery.model import ConvertedModel
 from masksurgery.opaque import Follow, Opaque
+from masksurgery.pack.free import Free, find_free, grow
 from masksurgery.pack.functional import make_functional
 from masksurgery.part import Part
+from masksurgery.running import call_node, shapes
 from masksurgery.types import LayoutError
+
+GROWTHS = 4
+"""How often to look for free dimensions, on larger inputs each time."""
 
 
 def masked(x: Tensor, name: str) -> Tensor:
@@ -51,6 +56,7 @@ class Network:
         root: Holds what the graph calls and reads. Nothing of it is shared with the converted model.
         graph: Of one member: masks are calls of `masked`, nothing is repeated, and the output is the base model's.
         facts: Of its nodes.
+        free: What changes with the size of the inputs.
         masks: The mask modules by name.
         rows: The masks of all members [n, c], on the CPU.
         dependent: The nodes that differ between members.
@@ -60,6 +66,7 @@ class Network:
     root: nn.Module
     graph: fx.Graph
     facts: dict[fx.Node, Facts]
+    free: Free
     masks: dict[str, _Masksembles]
     rows: dict[str, Tensor]
     dependent: set[fx.Node]
@@ -103,21 +110,41 @@ def member_network(model: ConvertedModel) -> Network:
     make_functional(graph, root)
     _fold_constants(graph, root)
     root.eval()
-    watch = [name for name, module in root.named_modules() if isinstance(module, Part)]
-    try:
-        facts = analyse(graph, root, _example(model), lambda node: channel_dim_of(root, node), watch)
-    except LayoutError:  # the model may have been cast since its conversion
-        facts = analyse(graph, root, _example(model, cast_to=_dtype(root)), lambda n: channel_dim_of(root, n), watch)
+    facts, free = _look(graph, root, model)
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
         if node.target is masked or node in opaque or dependent.intersection(node.all_input_nodes):
             dependent.add(node)
     decided = model.surgery.masks  # what a model without data was converted with
     rows = {name: torch.from_numpy(decided[name]) if m.masks.is_meta else m.masks.cpu() for name, m in masks.items()}
-    return Network(root, graph, facts, masks, rows, dependent, opaque)
+    return Network(root, graph, facts, free, masks, rows, dependent, opaque)
 
 
-def _example(model: ConvertedModel, cast_to: torch.dtype | None = None) -> Example:
+def _look(graph: fx.Graph, root: nn.Module, model: ConvertedModel) -> tuple[dict[fx.Node, Facts], Free]:
+    """Run the graph without data, on inputs so large that no free dimension is of length 1, which says little."""
+    watch = [name for name, module in root.named_modules() if isinstance(module, Part)]
+    unbatched = model.settings.unbatched
+
+    def facts_of(inputs: inspect.BoundArguments) -> dict[fx.Node, Facts]:
+        return analyse(graph, root, Example.of(inputs, unbatched), lambda node: channel_dim_of(root, node), watch)
+
+    try:
+        facts = facts_of(bound := _inputs(model))
+    except LayoutError:  # the model may have been cast since its conversion
+        facts = facts_of(bound := _inputs(model, cast_to=_dtype(root)))
+    for growths_left in reversed(range(GROWTHS)):
+        known = {node: shapes(fact.value) for node, fact in facts.items()}
+        free = find_free(graph, root, bound, unbatched, known, bool(watch))
+        if free.shortest(known) > 1 or not growths_left:
+            break
+        try:
+            facts = facts_of(bound := grow(bound, free.inputs))
+        except LayoutError:  # not all of them at once
+            break
+    return facts, free
+
+
+def _inputs(model: ConvertedModel, cast_to: torch.dtype | None = None) -> inspect.BoundArguments:
     """What one forward takes, as the conversion recorded it."""
 
     def cast(leaf: Any) -> Any:
@@ -127,8 +154,7 @@ def _example(model: ConvertedModel, cast_to: torch.dtype | None = None) -> Examp
     signature = inspect.signature(model._base_type.forward)
     args, kwargs = tree_map(cast, make_inputs(model.inputs))
     bound = signature.bind(None, *args, **kwargs)
-    given = inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
-    return Example.of(given, model.settings.unbatched)
+    return inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
 
 
 def _dtype(root: nn.Module) -> torch.dtype | None:

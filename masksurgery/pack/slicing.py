@@ -168,7 +168,8 @@ class Slicer(Cutter):
 
     def move(self, operation: Operation) -> Any:
         node = operation.node
-        outputs = [self.kept((node, k)) for k in range(len(self.net.tensors(node)))]
+        places = [(node, k) for k in range(len(self.net.tensors(node)))]
+        outputs = [self.kept(place) if bool(self.needed[place].any()) else None for place in places]
         if not any(outputs) and not any(self.kept(place) for place in operation.inputs):
             return self.copy(operation, {place[0]: self.value(place[0]) for place in operation.inputs})
         found = find_move(operation, self.net, self.member.labels, outputs)
@@ -222,7 +223,8 @@ class Slicer(Cutter):
             keeps[0][rank - 2] = keep[rank - 2]
         if rank - 1 in keep:
             keeps[1][rank - 1] = keep[rank - 1]
-        if len(inner) < size:
+        free = self.net.free
+        if len(inner) < size and rank - 1 not in free.of(*one) and rank - 2 not in free.of(*other):
             keeps[0][rank - 1] = keeps[1][rank - 2] = inner
         values = {one[0]: self.get(one, keeps[0]), other[0]: self.get(other, keeps[1])}
         return self.copy(operation, values)

@@ -1,0 +1,127 @@
+"""Free dimensions: those that grow with the inputs, such as the height of a feature map.
+
+Packing looks at one example, but a packed model has to take all the sizes that the converted one takes. So the graph is
+run on larger inputs too. What grows with them is free: nothing is known or cut of a part of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from masksurgery.example import Example, tensors_in
+from masksurgery.inputs import placeholder_values, replace_inputs
+from masksurgery.running import Shape, run_shapes
+from masksurgery.types import LayoutError
+
+FACTOR = 2
+"""By how much inputs grow: what was a multiple of a window or a stride remains one."""
+
+InputDim = tuple[str, int, int]
+"""A dimension of an input: the placeholder's name, which of its tensors, and which dimension."""
+
+
+@dataclass
+class Free:
+    """What changes with the size of the inputs.
+
+    Attributes:
+        inputs: The dimensions of the inputs that may grow.
+        dims: The free dimensions of the tensors that have any, by node and which of its tensors it is.
+        numbers: The nodes whose values are sizes, or made of sizes, that change.
+    """
+
+    inputs: set[InputDim] = field(default_factory=set)
+    dims: dict[tuple[fx.Node, int], set[int]] = field(default_factory=dict)
+    numbers: set[fx.Node] = field(default_factory=set)
+
+    def of(self, node: fx.Node, k: int) -> Collection[int]:
+        return self.dims.get((node, k), ())
+
+    def shortest(self, known: Mapping[fx.Node, Any]) -> int:
+        """The length of the shortest free dimension.
+
+        Args:
+            known: The value of every node, tensors as their shapes.
+        """
+        shapes = {node: [x for x in tree_leaves(known[node]) if isinstance(x, Shape)] for node, _ in self.dims}
+        return min((shapes[node][k][d] for (node, k), dims in self.dims.items() for d in dims), default=2)
+
+
+def find_free(
+    graph: fx.Graph,
+    root: nn.Module,
+    bound: inspect.BoundArguments,
+    unbatched: Sequence[str],
+    known: Mapping[fx.Node, Any],
+    values: bool,
+) -> Free:
+    """What changes if the inputs grow, as far as the model takes that.
+
+    Args:
+        bound: The example inputs.
+        unbatched: Names of placeholders without a batch dimension.
+        known: The value of every node for the example, tensors as their shapes.
+        values: The graph may need values of the inputs.
+    """
+    found = Free()
+    by_length: dict[int, list[InputDim]] = {}
+    for dim, length in _input_dims(bound, unbatched):
+        by_length.setdefault(length, []).append(dim)
+    for alike in by_length.values():  # together first: images may have to be square, and masks as long as their texts
+        for dims in (alike, *([dim] for dim in alike if len(alike) > 1)):
+            if found.inputs.issuperset(dims):
+                continue
+            try:
+                others = run_shapes(graph, root, Example.of(grow(bound, dims), unbatched), values)
+            except LayoutError:
+                continue
+            found.inputs.update(dims)
+            _compare(known, others, found)
+    return found
+
+
+def grow(bound: inspect.BoundArguments, dims: Iterable[InputDim]) -> inspect.BoundArguments:
+    """The same inputs, all zeros, larger along some of their dimensions."""
+    chosen = set(dims)
+
+    def larger(name: str, value: Any) -> Any:
+        order = {id(x): k for k, x in enumerate(tensors_in(value))}
+
+        def enlarge(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            k = order[id(x)]
+            return x.new_zeros([n * FACTOR if (name, k, d) in chosen else n for d, n in enumerate(x.shape)])
+
+        return tree_map(enlarge, value)
+
+    return replace_inputs(bound, larger)
+
+
+def _input_dims(bound: inspect.BoundArguments, unbatched: Sequence[str]) -> Iterable[tuple[InputDim, int]]:
+    """The dimensions of the inputs that do not count samples, with their lengths."""
+    for name, value in placeholder_values(bound).items():
+        for k, x in enumerate(tensors_in(value)):
+            for d in range(0 if name in unbatched else 1, x.dim()):
+                yield (name, k, d), x.shape[d]
+
+
+def _compare(known: Mapping[fx.Node, Any], others: Mapping[fx.Node, Any], found: Free) -> None:
+    """Note what is not as long, or as large, as it was."""
+    for node, other in others.items():
+        if node.op == "output":
+            continue
+        leaves, grown = tree_leaves(known[node]), tree_leaves(other)
+        tensors = [[leaf for leaf in side if isinstance(leaf, Shape)] for side in (leaves, grown)]
+        for k, (one, two) in enumerate(zip(*tensors, strict=False)):
+            changed = {d for d, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
+            if changed:
+                found.dims.setdefault((node, k), set()).update(changed)
+        if not tensors[0] and leaves != grown:
+            found.numbers.add(node)
