@@ -79,7 +79,7 @@ ENTRIES = {
     "skipped": {"layer": "x", "reason": "y"},
     "parts": {"name": "x", "first": {"args": [], "kwargs": {}}, "second": {}, "axes": {}},
 }
-PACKED = {"layout": "unrolled", "dense": False}  # what only a packed model has
+PACKED = {"layout": "unrolled", "dense": False, "digest": "0123456789abcdef"}  # what only a packed model has
 
 
 def hint_of(path: tuple[str | int, ...]) -> Any:

@@ -177,7 +177,8 @@ def test_converting_is_quick(name: str) -> None:
 
     example = Example.of(bound)
     bare = seconds(lambda: Tracer(base, example).trace(copy.deepcopy(base)))
-    assert seconds(lambda: masksurgery.convert(base)) <= 3 * bare + 1
+    # The second is one of a machine on which a bare trace takes 0.1 s; a slower one gets as many traces instead.
+    assert seconds(lambda: masksurgery.convert(base)) <= 3 * bare + max(1, 4 * bare)
 
 
 def test_members_get_equal_shares_over_steps() -> None:
