@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,15 @@ from test_nets import convert, make
 from test_opaque import Branching
 
 nets = pytest.mark.parametrize("net", NETS.values(), ids=lambda net: net.name)
+
+
+def quick_first(names: Iterable[str]) -> list[Any]:
+    """Names of models to be parametrised with; the large ones are slow."""
+    slow = ("resnet50", "swin_tiny_patch4_window7_224")
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
+
+
+four = pytest.mark.parametrize("name", quick_first(FOUR))
 
 
 def converted(name: str, **options) -> tuple[masksurgery.ConvertedModel, nn.Module, Tensor]:
@@ -41,7 +52,7 @@ def assert_restored(model: masksurgery.ConvertedModel, base: nn.Module, x: Tenso
 # --- multiple_of -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FOUR)
+@four
 def test_kept_counts_are_multiples(name: str, tmp_path: Path) -> None:
     model, base, x = converted(name, multiple_of=8)
     sites = model.surgery.sites
@@ -95,7 +106,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", FOUR)
+@four
 def test_a_stream_shares_its_masks(name: str, tmp_path: Path) -> None:
     model, base, x = converted(name, tie="stream")
     assert streams(model) == STREAMS[name]
@@ -104,7 +115,7 @@ def test_a_stream_shares_its_masks(name: str, tmp_path: Path) -> None:
     assert_restored(model, base, x, tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", FOUR)
+@four
 def test_other_sites_keep_their_masks(name: str) -> None:
     model, base, x = converted(name, tie="stream")
     plain = masksurgery.convert(base, example_inputs=(x,))
@@ -212,7 +223,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", quick_first(HEADS))
 def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
     base, x = small(name), images(name, 2)
     for module in base.modules():
@@ -230,7 +241,7 @@ def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
     assert_restored(model, base, x, tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", quick_first(HEADS))
 def test_all_other_sites_are_the_default_ones(name: str) -> None:
     model, base, x = converted(name, heads=True)
     plain = masksurgery.convert(base, example_inputs=(x,)).surgery

@@ -66,7 +66,12 @@ def test_folding_leaves_no_norm_and_changes_nothing(models: ModuleType, name: st
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("test_resnet", {"heads"}), ("test_convnext", {"folded", "heads"}), ("test_vit", {"folded"})]
+    ("name", "missing"),
+    [
+        ("test_resnet", {"heads"}),
+        pytest.param("test_convnext", {"folded", "heads"}, marks=pytest.mark.slow),
+        pytest.param("test_vit", {"folded"}, marks=pytest.mark.slow),
+    ],
 )
 def test_variants_that_should_agree_do(script: ModuleType, models: ModuleType, name: str, missing: set[str]) -> None:
     variants = list(models.open_variants(name, [*models.TITLES], ONE))

@@ -62,6 +62,7 @@ def test_packed_is_converted(name: str, dense: bool) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
+@pytest.mark.slow
 @models
 def test_grouped_is_converted(name: str) -> None:
     _, model = small(name)
@@ -70,6 +71,7 @@ def test_grouped_is_converted(name: str) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
+@pytest.mark.slow
 @models
 def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     base, model = small(name)

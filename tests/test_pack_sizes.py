@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import masksurgery
-from nets import randomise
-from packing import assert_packed
+from nets import NETS, randomise
+from packing import as_dtype, assert_packed, run
 
 Forward = Callable[["Sized", Tensor], Tensor]
 
@@ -103,3 +103,64 @@ def test_another_image_size(middle: Forward, example: tuple[int, int], dense: bo
     for size in (example, (8, 6), (3, 7), (12, 12)):
         x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         assert_packed(packed, model, (x,))
+
+
+class Texts(nn.Module):
+    """Tokens [b, t] of any length and a mask [b, t], with attention among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.qkv, self.proj, self.fc1, self.fc2 = (nn.Linear(*s) for s in ((8, 24), (8, 8), (8, 12), (12, 8)))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).reshape(b, t, c))
+        x = x + self.fc2(F.gelu(self.fc1(x)))
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("heads", [False, True])
+def test_texts_of_another_length(length: int, dense: bool, heads: bool) -> None:
+    ids, mask = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
+    model = masksurgery.convert(randomise(Texts()).double(), example_inputs=(ids, mask), heads=heads).eval()
+    packed = masksurgery.pack(model, "unrolled", dense=dense)
+    for tokens in (length, 1, 3, 17):
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(11, (4, tokens), generator=generator)
+        mask = torch.arange(tokens) <= torch.randint(tokens, (4, 1), generator=generator)
+        assert_packed(packed, model, (ids, mask))
+
+
+def larger(x: Tensor, dims: range) -> Tensor:
+    for d in dims[: x.dim()]:
+        x = torch.cat([x, x.flip(d)], d) if d < x.dim() else x
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dims", "least"), [(range(2, 5), 50), (range(1, 2), 10)])
+def test_hazard_nets_that_take_larger_inputs(dims: range, least: int) -> None:
+    """Whatever the converted model takes the packed one takes too, and predicts the same."""
+    taken = []
+    for net in NETS.values():
+        torch.manual_seed(1)
+        inputs = as_dtype(net.inputs(3), torch.float64)
+        base = randomise(net.build(), 1).double().eval()
+        model = masksurgery.convert(base, example_inputs=inputs, **net.convert_kwargs).eval()
+        many = tuple(larger(x, dims) for x in inputs)
+        if all(x.shape == y.shape for x, y in zip(inputs, many, strict=True)):
+            continue
+        try:
+            run(model, many)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        taken.append(net.name)
+        for dense in (False, True):
+            assert_packed(masksurgery.pack(model, "unrolled", dense=dense), model, many)
+    assert len(taken) >= least, taken

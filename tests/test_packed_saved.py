@@ -55,6 +55,7 @@ def folder(tmp_path: Path) -> Path:
     return masksurgery.save(packed_small()[1], tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_folders_predict_the_same_in_another_process(tmp_path: Path) -> None:
     models, inputs = {}, {}
     for name in ("test_resnet", "test_vit"):
@@ -300,6 +301,7 @@ def test_predict_writes_the_same_rows(place: Path, tmp_path: Path, capsys: pytes
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_same_figures(place: Path) -> None:
     data, config = DataConfig(str(place / "images")), EvaluateConfig(workers=0, gallery=2)
     converted, packed = masksurgery.evaluate([place / "converted", place / "packed"], data, config=config).models
