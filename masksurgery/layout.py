@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from masksurgery.axes import Axis, Dims, get_dims, set_dims
 from masksurgery.example import BATCH_SIZES, Example, tensors_in
 from masksurgery.kinds import is_norm
-from masksurgery.running import Shape, run_nodes, run_somehow, shapes
+from masksurgery.running import IF_NEED_BE, WITHOUT_DATA, Shape, run_nodes, run_somehow, shapes
 from masksurgery.tracker import InnerCall, Recorder, Tracker, paired
 from masksurgery.types import Layout, LayoutError
 
@@ -120,7 +120,7 @@ def analyse(
     def collect(module: nn.Module, given: Sequence[Mapping[str, Any]]) -> dict[fx.Node, Facts]:
         return _analyse(graph, module.train(training), given, example.dims, channel_dim, watch)
 
-    return run_somehow(root, example, bool(watch), collect)
+    return run_somehow(root, example, IF_NEED_BE if watch else WITHOUT_DATA, collect)[0]
 
 
 def _analyse(

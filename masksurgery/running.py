@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -20,6 +21,12 @@ from masksurgery.types import LayoutError
 Result = TypeVar("Result")
 
 
+Run = tuple[nn.Module, Sequence[Mapping[str, Any]]]
+"""A copy of a module, and what it takes at each of BATCH_SIZES."""
+Way = Callable[[nn.Module, Example], contextlib.AbstractContextManager[Run]]
+"""Of running a module, on data or without."""
+
+
 class Shape(tuple[int, ...]):
     """The shape of a tensor, as a leaf of a tree."""
 
@@ -28,11 +35,64 @@ def shapes(value: Any) -> Any:
     return tree_map(lambda leaf: Shape(leaf.shape) if isinstance(leaf, Tensor) else leaf, value)
 
 
-def run_shapes(graph: fx.Graph, root: nn.Module, example: Example, values: bool = False) -> dict[fx.Node, Any]:
-    """Run the graph at BATCH_SIZES[0]: the value of every node, tensors as their shapes.
+@contextlib.contextmanager
+def _on_meta(root: nn.Module, example: Example) -> Iterator[Run]:
+    yield meta_copy(root), example.without_data("meta")
 
-    Args:
-        values: Use the values of the example inputs and of the parameters if it cannot be helped.
+
+@contextlib.contextmanager
+def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _silent(logging.getLogger(FakeTensorMode.__module__)):
+        yield copy_with(root, mode.from_tensor), example.without_data()
+
+
+@contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """What it would say of an error that is raised too."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextlib.contextmanager
+def _on_values(root: nn.Module, example: Example) -> Iterator[Run]:
+    with torch.random.fork_rng(devices=[]):
+        yield copy_with(root, torch.clone), example.values
+
+
+# The meta device is two to three times as fast as fake tensors, but does not know a CPU tensor beside a meta one.
+WITHOUT_DATA: tuple[Way, ...] = (_on_meta, _on_fake)
+IF_NEED_BE: tuple[Way, ...] = (*WITHOUT_DATA, _on_values)
+
+
+def run_somehow(
+    root: nn.Module,
+    example: Example,
+    ways: Sequence[Way],
+    work: Callable[[nn.Module, Sequence[Mapping[str, Any]]], Result],
+) -> tuple[Result, Way]:
+    """Do something with a copy of a module and inputs of it, in the first way in which it can be done; and that way.
+
+    Raises:
+        LayoutError: It can be done in none of them.
+    """
+    for way in ways:
+        try:
+            with torch.no_grad(), way(root, example) as (module, given):
+                return work(module, given), way
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            failure = error
+    data = "" if _on_values in ways else " without data"
+    raise LayoutError(f"The model cannot be run{data}, on its example inputs: {failure}") from failure
+
+
+def run_shapes(
+    graph: fx.Graph, root: nn.Module, example: Example, ways: Sequence[Way]
+) -> tuple[dict[fx.Node, Any], Way]:
+    """Run the graph at BATCH_SIZES[0]: the value of every node, tensors as their shapes; and the way that it took.
+
     Raises:
         LayoutError: The graph cannot be run.
     """
@@ -40,22 +100,7 @@ def run_shapes(graph: fx.Graph, root: nn.Module, example: Example, values: bool 
     def collect(module: nn.Module, given: Sequence[Mapping[str, Any]]) -> dict[fx.Node, Any]:
         return {node: shapes(value) for node, value in run_nodes(graph, module, given[0], lambda node, call: call())}
 
-    return run_somehow(root, example, values, collect)
-
-
-def run_somehow(
-    root: nn.Module, example: Example, values: bool, work: Callable[[nn.Module, Sequence[Mapping[str, Any]]], Result]
-) -> Result:
-    """Do something with a copy of a module and inputs of it, without data if that is possible."""
-    # The meta device is two to three times as fast as fake tensors, but does not know a CPU tensor beside a meta one.
-    for make in (_on_meta, _on_fake, _on_values) if values else (_on_meta, _on_fake):
-        try:
-            with torch.no_grad(), make(root, example) as (module, given):
-                return work(module, given)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            failure = error
-    data = "" if values else " without data"
-    raise LayoutError(f"The model cannot be run{data}, on its example inputs: {failure}") from failure
+    return run_somehow(root, example, ways, collect)
 
 
 def run_nodes(
@@ -103,24 +148,3 @@ def thaw(value: Any) -> Any:
     if isinstance(value, immutable_dict):
         return {key: thaw(part) for key, part in value.items()}
     return tuple(map(thaw, value)) if type(value) is tuple else value
-
-
-Run = tuple[nn.Module, Sequence[Mapping[str, Any]]]
-"""A copy of a module, and what it takes at each of BATCH_SIZES."""
-
-
-@contextlib.contextmanager
-def _on_meta(root: nn.Module, example: Example) -> Iterator[Run]:
-    yield meta_copy(root), example.without_data("meta")
-
-
-@contextlib.contextmanager
-def _on_fake(root: nn.Module, example: Example) -> Iterator[Run]:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield copy_with(root, mode.from_tensor), example.without_data()
-
-
-@contextlib.contextmanager
-def _on_values(root: nn.Module, example: Example) -> Iterator[Run]:
-    with torch.random.fork_rng(devices=[]):
-        yield copy_with(root, torch.clone), example.values

@@ -7,6 +7,7 @@ run on larger inputs too. What grows with them is free: nothing is known or cut 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.example import Example, tensors_in
 from masksurgery.inputs import placeholder_values, replace_inputs
-from masksurgery.running import Shape, run_shapes
+from masksurgery.running import Shape, Way, run_shapes
 from masksurgery.types import LayoutError
 
 FACTOR = 2
@@ -34,23 +35,16 @@ class Free:
         inputs: The dimensions of the inputs that may grow.
         dims: The free dimensions of the tensors that have any, by node and which of its tensors it is.
         numbers: The nodes whose values are sizes, or made of sizes, that change.
+        shortest: The length of the shortest free dimension.
     """
 
     inputs: set[InputDim] = field(default_factory=set)
     dims: dict[tuple[fx.Node, int], set[int]] = field(default_factory=dict)
     numbers: set[fx.Node] = field(default_factory=set)
+    shortest: int = sys.maxsize
 
     def of(self, node: fx.Node, k: int) -> Collection[int]:
         return self.dims.get((node, k), ())
-
-    def shortest(self, known: Mapping[fx.Node, Any]) -> int:
-        """The length of the shortest free dimension.
-
-        Args:
-            known: The value of every node, tensors as their shapes.
-        """
-        shapes = {node: [x for x in tree_leaves(known[node]) if isinstance(x, Shape)] for node, _ in self.dims}
-        return min((shapes[node][k][d] for (node, k), dims in self.dims.items() for d in dims), default=2)
 
 
 def find_free(
@@ -58,17 +52,16 @@ def find_free(
     root: nn.Module,
     bound: inspect.BoundArguments,
     unbatched: Sequence[str],
-    known: Mapping[fx.Node, Any],
-    values: bool,
+    ways: Sequence[Way],
 ) -> Free:
     """What changes if the inputs grow, as far as the model takes that.
 
     Args:
         bound: The example inputs.
         unbatched: Names of placeholders without a batch dimension.
-        known: The value of every node for the example, tensors as their shapes.
-        values: The graph may need values of the inputs.
+        ways: Of running the graph.
     """
+    known, way = run_shapes(graph, root, Example.of(bound, unbatched), ways)
     found = Free()
     by_length: dict[int, list[InputDim]] = {}
     for dim, length in _input_dims(bound, unbatched):
@@ -78,11 +71,12 @@ def find_free(
             if found.inputs.issuperset(dims):
                 continue
             try:
-                others = run_shapes(graph, root, Example.of(grow(bound, dims), unbatched), values)
+                others, _ = run_shapes(graph, root, Example.of(grow(bound, dims), unbatched), [way])
             except LayoutError:
                 continue
-            found.inputs.update(dims)
-            _compare(known, others, found)
+            if _ranks(others) == _ranks(known):
+                found.inputs.update(dims)
+                _compare(known, others, found)
     return found
 
 
@@ -112,6 +106,11 @@ def _input_dims(bound: inspect.BoundArguments, unbatched: Sequence[str]) -> Iter
                 yield (name, k, d), x.shape[d]
 
 
+def _ranks(values: Mapping[fx.Node, Any]) -> list[list[int]]:
+    """Of all tensors: a dimension that is squeezed where its length is 1 is no longer the same one."""
+    return [[len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Shape)] for value in values.values()]
+
+
 def _compare(known: Mapping[fx.Node, Any], others: Mapping[fx.Node, Any], found: Free) -> None:
     """Note what is not as long, or as large, as it was."""
     for node, other in others.items():
@@ -123,5 +122,6 @@ def _compare(known: Mapping[fx.Node, Any], others: Mapping[fx.Node, Any], found:
             changed = {d for d, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
             if changed:
                 found.dims.setdefault((node, k), set()).update(changed)
+                found.shortest = min(found.shortest, *(one[d] for d in changed))
         if not tensors[0] and leaves != grown:
             found.numbers.add(node)

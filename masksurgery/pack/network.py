@@ -23,7 +23,7 @@ from masksurgery.opaque import Follow, Opaque
 from masksurgery.pack.free import Free, find_free, grow
 from masksurgery.pack.functional import make_functional
 from masksurgery.part import Part
-from masksurgery.running import call_node, shapes
+from masksurgery.running import IF_NEED_BE, WITHOUT_DATA, call_node
 from masksurgery.types import LayoutError
 
 GROWTHS = 4
@@ -133,9 +133,8 @@ def _look(graph: fx.Graph, root: nn.Module, model: ConvertedModel) -> tuple[dict
     except LayoutError:  # the model may have been cast since its conversion
         facts = facts_of(bound := _inputs(model, cast_to=_dtype(root)))
     for growths_left in reversed(range(GROWTHS)):
-        known = {node: shapes(fact.value) for node, fact in facts.items()}
-        free = find_free(graph, root, bound, unbatched, known, bool(watch))
-        if free.shortest(known) > 1 or not growths_left:
+        free = find_free(graph, root, bound, unbatched, IF_NEED_BE if watch else WITHOUT_DATA)
+        if free.shortest > 1 or not growths_left:
             break
         try:
             facts = facts_of(bound := grow(bound, free.inputs))
