@@ -24,9 +24,10 @@ def run(model: nn.Module, inputs: tuple) -> Any:
 def members_of(model: Any, inputs: tuple) -> list[Tensor]:
     """The members [b, n, ...] of every output, in eval."""
     before, model.output = model.output, "members"
-    found = [x for x in tree_leaves(run(model, inputs)) if isinstance(x, Tensor)]
-    model.output = before
-    return found
+    try:
+        return [x for x in tree_leaves(run(model, inputs)) if isinstance(x, Tensor)]
+    finally:
+        model.output = before
 
 
 def assert_same(ours: Any, theirs: Any, size: float, tolerance: float) -> None:

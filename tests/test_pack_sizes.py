@@ -137,6 +137,64 @@ def test_texts_of_another_length(length: int, dense: bool, heads: bool) -> None:
         assert_packed(packed, model, (ids, mask))
 
 
+class Positions(nn.Module):
+    """Texts no longer than a table, of which the last token is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.zeros(1, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x) + self.table[:, : x.shape[1]])
+        return self.head(F.relu(self.hidden(x))[:, -1])
+
+
+class Masked(nn.Module):
+    """As many tokens as features, in the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc1, self.fc2, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (x + self.fc2(F.gelu(self.fc1(x)))) * mask[..., None]
+        return self.head(x[:, -1])
+
+
+class TwoImages(nn.Module):
+    """Two images of different sizes, of which the last row is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        low = F.interpolate(F.relu(self.low(low)), scale_factor=2)
+        x = F.relu(self.conv(torch.cat([low, F.relu(self.high(high))], 1)))
+        return self.head(x[:, :, -1:].mean((2, 3)))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("net", "sizes"),
+    [
+        (Positions, [((n, 5),) for n in (6, 4, 1)]),
+        (Masked, [((n, 8), (n,)) for n in (8, 12, 5)]),
+        (TwoImages, [((3, n, n), (1, 2 * n, 2 * n)) for n in (4, 6, 3)]),
+    ],
+)
+def test_sizes_that_depend_on_each_other(net: type[nn.Module], sizes: list, dense: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    every = [tuple(torch.randn(2, *shape, generator=generator).double() for shape in shapes) for shapes in sizes]
+    model = masksurgery.convert(randomise(net()).double().eval(), example_inputs=every[0])
+    packed = masksurgery.pack(model, "unrolled", dense=dense)
+    for inputs in every:
+        assert_packed(packed, model, inputs)
+
+
 def larger(x: Tensor, dims: range) -> Tensor:
     for d in dims[: x.dim()]:
         x = torch.cat([x, x.flip(d)], d) if d < x.dim() else x

@@ -206,7 +206,8 @@ def _over(net: Network, node: fx.Node, module: nn.Module | None, name: str) -> f
     rank = net.tensors(node)[0].dim()
     if isinstance(module, SOFTMAXES):
         return frozenset({module.dim % rank}) if module.dim is not None else None
-    if module is not None and name in ROW_NORMS and hasattr(module, "normalized_shape"):
+    known = type(module).__module__.startswith(("torch.nn.", "timm.layers."))  # others norm what they like by this name
+    if module is not None and known and name in ROW_NORMS and hasattr(module, "normalized_shape"):
         return frozenset(range(rank - len(module.normalized_shape), rank))  # type: ignore[arg-type]
     if module is None and name in ("softmax", "log_softmax", "cumsum"):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -245,14 +246,14 @@ def _computes_by_channel(net: Network, node: fx.Node, module: nn.Module) -> bool
         return False
     shape = [min(size, 4) for size in net.tensors(net.data_inputs(node)[0])[0].shape]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    dims = [d for d, size in enumerate(shape) if size == 4]
+    dims = [d for d, size in enumerate(shape) if size > 1]
     try:
         with torch.no_grad():
             twin = copy.deepcopy(module).to_empty(device="cpu").float()
             for tensor in (*twin.parameters(), *twin.buffers()):
                 tensor.fill_(0.5)  # whatever its value is, for the model may have none
             whole = twin(x)
-            halves = [twin(x.narrow(d, 0, 2)) for d in dims]
-        return all(torch.allclose(whole.narrow(d, 0, 2), half) for d, half in zip(dims, halves, strict=True))
+            parts = [twin(x.narrow(d, 0, shape[d] // 2)) for d in dims]
+        return all(torch.allclose(whole.narrow(d, 0, shape[d] // 2), part) for d, part in zip(dims, parts, strict=True))
     except (RuntimeError, ValueError, TypeError):
         return False

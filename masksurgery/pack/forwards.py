@@ -101,8 +101,11 @@ def known_channelwise(operation: Operation, member: Member) -> list[Known]:
     known, shape = member.of(place), shape_of(member.net, place)
     dims = kept_dims(operation, member.net)
     rank = len(shape_of(member.net, (operation.node, 0)))
-    if dims is None or any(size > 1 and d not in dims for d, size in enumerate(known.constant.shape)):
+    mixed = [d for d in range(len(shape)) if dims is None or d not in dims]
+    if dims is None or any(known.constant.shape[d] > 1 for d in mixed):
         return [Known.nothing(rank)]
+    if any(known.value.shape[d] > 1 for d in mixed):
+        known = Known.zeros(known.zero)
     sample = [1 if d in dims else size for d, size in enumerate(shape)]
     try:
         found = [call(operation, member.net, [torch.full(sample, x, dtype=torch.float64)]) for x in (0.0, 1.0, -2.0)]

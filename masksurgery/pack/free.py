@@ -7,9 +7,11 @@ run on larger inputs too. What grows with them is free: nothing is known or cut 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,6 +24,9 @@ from masksurgery.types import LayoutError
 
 FACTOR = 2
 """By how much inputs grow: what was a multiple of a window or a stride remains one."""
+
+MOST_ALIKE = 4
+"""How many dimensions of one length are tried in all combinations."""
 
 InputDim = tuple[str, int, int]
 """A dimension of an input: the placeholder's name, which of its tensors, and which dimension."""
@@ -63,25 +68,36 @@ def find_free(
     """
     known, way = run_shapes(graph, root, Example.of(bound, unbatched), ways)
     found = Free()
-    by_length: dict[int, list[InputDim]] = {}
-    for dim, length in _input_dims(bound, unbatched):
-        by_length.setdefault(length, []).append(dim)
-    for alike in by_length.values():  # together first: images may have to be square, and masks as long as their texts
-        for dims in (alike, *([dim] for dim in alike if len(alike) > 1)):
-            if found.inputs.issuperset(dims):
+    dims = dict(_input_dims(bound, unbatched))
+    done: set[InputDim] = set()
+    for factor in (FACTOR, 1 / FACTOR):  # a table of positions may be as long as the example
+        for chosen in _choices(dims):
+            if done.issuperset(chosen):
                 continue
             try:
-                others, _ = run_shapes(graph, root, Example.of(grow(bound, dims), unbatched), [way])
+                larger = Example.of(grow(bound, chosen, factor), unbatched)
+                others, _ = run_shapes(graph, root, larger, [way])
             except LayoutError:
                 continue
             if _ranks(others) == _ranks(known):
-                found.inputs.update(dims)
+                done.update(chosen)
+                found.inputs.update(chosen if factor > 1 else ())
                 _compare(known, others, found)
     return found
 
 
-def grow(bound: inspect.BoundArguments, dims: Iterable[InputDim]) -> inspect.BoundArguments:
-    """The same inputs, all zeros, larger along some of their dimensions."""
+def _choices(dims: Mapping[InputDim, int]) -> Iterator[Sequence[InputDim]]:
+    """Which dimensions of the inputs to try together: those of one length first, as images may have to be square, and
+    masks as long as their texts."""
+    for length in dict.fromkeys(dims.values()):
+        alike = [dim for dim, other in dims.items() if other == length][:MOST_ALIKE]
+        for size in range(len(alike), 0, -1):
+            yield from combinations(alike, size)
+    yield [dim for dim in dims if dim[2] > 1]  # all sides of all images
+
+
+def grow(bound: inspect.BoundArguments, dims: Iterable[InputDim], factor: float = FACTOR) -> inspect.BoundArguments:
+    """The same inputs, all zeros, larger (or smaller) along some of their dimensions."""
     chosen = set(dims)
 
     def larger(name: str, value: Any) -> Any:
@@ -91,7 +107,8 @@ def grow(bound: inspect.BoundArguments, dims: Iterable[InputDim]) -> inspect.Bou
             if not isinstance(x, Tensor):
                 return x
             k = order[id(x)]
-            return x.new_zeros([n * FACTOR if (name, k, d) in chosen else n for d, n in enumerate(x.shape)])
+            sizes = [math.ceil(n * factor) if (name, k, d) in chosen else n for d, n in enumerate(x.shape)]
+            return x.new_zeros(sizes)
 
         return tree_map(enlarge, value)
 
@@ -122,6 +139,6 @@ def _compare(known: Mapping[fx.Node, Any], others: Mapping[fx.Node, Any], found:
             changed = {d for d, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
             if changed:
                 found.dims.setdefault((node, k), set()).update(changed)
-                found.shortest = min(found.shortest, *(one[d] for d in changed))
+                found.shortest = min(found.shortest, *(one[d] for d in changed if two[d] > one[d]), sys.maxsize)
         if not tensors[0] and leaves != grown:
             found.numbers.add(node)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from masksurgery.example import Example, tensors_in
+from masksurgery.running import Way, run_nodes, run_somehow
 from masksurgery.types import ConfigError
 
 
-def make_functional(graph: fx.Graph, root: nn.Module) -> None:
+def make_functional(graph: fx.Graph, root: nn.Module, example: Example, ways: Sequence[Way]) -> None:
     """Let what changes its input make a new tensor instead, which is what later readers get.
 
+    Args:
+        graph: Changed in place, as the modules of `root` are.
+        example: What one forward takes.
+        ways: Of running the graph, to see what shares memory.
     Raises:
         ConfigError: A tensor that shares memory with the changed one, but is not the same, is read later.
+        LayoutError: Something is changed in place, and the graph cannot be run.
     """
+    changing = [node for node in graph.nodes if _is_in_place(node, root) and _changed(node) is not None]
+    memory = _find_memory(graph, root, example, ways) if changing else {}
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if not _is_in_place(node, root):
-            continue
-        source = node.args[0] if node.args else node.all_input_nodes[0]
-        if not isinstance(source, fx.Node):
-            continue
-        for alias, same in _aliases(source, root):
+    for node in changing:
+        source = cast(fx.Node, _changed(node))
+        for alias, same in _aliases(source, node, order, memory):
             later = [user for user in alias.users if order[user] > order[node] and (same or not _reads_size(user))]
             if later and not same:
                 raise ConfigError(
@@ -46,50 +51,41 @@ def make_functional(graph: fx.Graph, root: nn.Module) -> None:
             module.inplace = False  # type: ignore[assignment]
 
 
+def _changed(node: fx.Node) -> fx.Node | None:
+    """The input that a node in place changes."""
+    source = node.args[0] if node.args else node.all_input_nodes[0]
+    return source if isinstance(source, fx.Node) else None
+
+
 def _reads_size(node: fx.Node) -> bool:
     return node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
 
 
-def _aliases(node: fx.Node, root: nn.Module) -> Iterator[tuple[fx.Node, bool]]:
-    """The node, and those in whose memory it lies or that lie in its memory; whether they are the same tensor."""
-
-    def grow(start: set[fx.Node], up: bool, down: bool, views: bool) -> set[fx.Node]:
-        found, stack = set(start), list(start)
-        while stack:
-            one = stack.pop()
-            edges = [(one, other) for other in one.all_input_nodes[:1]] if up else []
-            edges += [(other, other) for other in one.users if other.all_input_nodes[0] is one] if down else []
-            for maker, other in edges:
-                kind = _shares_memory(maker, root)
-                if other not in found and (kind is True or (kind is False and views)):
-                    found.add(other)
-                    stack.append(other)
-        return found
-
-    same = grow({node}, True, True, False)
-    yield from ((one, True) for one in same)
-    others = grow(same, True, False, True) | grow(same, False, True, True)
-    yield from ((one, False) for one in others - same)
+Memory = dict[fx.Node, list[tuple[int, Any]]]
+"""For the tensors of each node which storage they lie in, and where."""
 
 
-def _shares_memory(node: fx.Node, root: nn.Module) -> bool | None:
-    """Whether what it returns is its input itself (True) or a view of it (False); None: memory of its own."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)) or type(module).__name__ == "DropPath":
-            return True
-        return False if isinstance(module, (nn.Flatten, nn.Unflatten)) else None
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op not in ("call_method", "call_function"):
-        return None
-    return True if name in _SAME else False if name in _VIEWS else None
+def _find_memory(graph: fx.Graph, root: nn.Module, example: Example, ways: Sequence[Way]) -> Memory:
+    def collect(module: nn.Module, given: Sequence[Mapping[str, Any]]) -> Memory:
+        # All values are held until the end: an address that was given free would be another tensor's.
+        values = dict(run_nodes(graph, module, given[0], lambda node, call: call()))
+        return {node: [_place(x) for x in tensors_in(value)] for node, value in values.items()}
+
+    return run_somehow(root, example, ways, collect)[0]
 
 
-_SAME = {"contiguous", "to", "float", "type_as", "dropout", "drop_path", "detach", "requires_grad_"}
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "swapaxes", "movedim", "squeeze", "unsqueeze",
-    "expand", "narrow", "select", "chunk", "split", "unbind", "tensor_split", "getitem", "t", "view_as", "expand_as",
-}  # fmt: skip
+def _place(x: Tensor) -> tuple[int, Any]:
+    return x.untyped_storage()._cdata, (x.shape, x.stride(), x.storage_offset(), x.dtype)
+
+
+def _aliases(
+    source: fx.Node, node: fx.Node, order: Mapping[fx.Node, int], memory: Memory
+) -> Iterator[tuple[fx.Node, bool]]:
+    """What was made before a node and lies in the memory that it changes; and whether it is the tensor itself."""
+    storages = {storage for storage, _ in memory[source]}
+    for other, places in memory.items():
+        if order[other] < order[node] and other.op != "output" and any(storage in storages for storage, _ in places):
+            yield other, places == memory[source]
 
 
 _OUT_OF_PLACE: dict[Any, Any] = {

@@ -84,8 +84,10 @@ def kept_dims(operation: Operation, net: Network) -> dict[int, int] | None:
 
 
 def _window_dims(operation: Operation, net: Network) -> int:
-    """Along how many of the last dimensions a pooling mixes neighbours."""
+    """Along how many of the last dimensions a pooling or an interpolation mixes neighbours."""
     name = name_of(net, operation.node)
+    if "interpolate" in name or "upsample" in name.lower():
+        return len(shape_of(net, operation.inputs[0])) - 2
     found = re.search(r"pool(?:ing)?(\d)d", name, re.IGNORECASE)
     return int(found[1]) if found else 0
 
@@ -109,7 +111,8 @@ def folded_bias(operation: Operation, member: Member, foldable: Tensor) -> Tenso
     bias, value = layer.bias(), member.of(operation.inputs[0]).value
     device = layer.parameter.device
     total = torch.zeros(layer.channels, dtype=torch.float64, device=device) if bias is None else bias
-    if layer.pads or not value.any():  # with pads only zeros are folded
+    uniform = value.numel() == value.shape[layer.dim]
+    if layer.pads or not uniform or not value.any():  # else only zeros are folded
         return total
     inputs = torch.where(foldable, value.reshape(-1).expand(len(foldable)), 0.0).to(device)
     weight = layer.weight().double()

@@ -160,7 +160,7 @@ def find_move(
     node = operation.node
     expected = [None if keep is None else _take(labels, keep) for labels, keep in zip(maps, outputs, strict=True)]
     shapes = [None if keep is None else _cut_shape(shape_of(net, (node, k)), keep) for k, keep in enumerate(outputs)]
-    inputs = _sources(operation, net, expected)
+    inputs = _sources(operation, net, expected, maps)
     if inputs is None:
         return None
     given = [
@@ -195,21 +195,27 @@ def _take(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     return x
 
 
-def _sources(operation: Operation, net: Network, expected: Sequence[Tensor | None]) -> list[dict[int, Tensor]] | None:
-    """The channels of each input that hold what is expected."""
+def _sources(
+    operation: Operation, net: Network, expected: Sequence[Tensor | None], maps: Sequence[Tensor]
+) -> list[dict[int, Tensor]] | None:
+    """The channels of each input that hold what is expected; what the operation itself leaves out is left to it."""
     shapes = [pattern_shape(net, place) for place in operation.inputs]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     taken = torch.zeros(1 + sum(sizes), dtype=torch.bool)
     for labels in expected:
         if labels is not None:
             taken[labels.reshape(-1)] = True
+    moved = torch.zeros_like(taken)
+    for labels in maps:
+        moved[labels.reshape(-1)] = True
     found = []
-    for part, shape in zip(taken[1:].split(sizes), shapes, strict=True):
+    for part, whole, shape in zip(taken[1:].split(sizes), moved[1:].split(sizes), shapes, strict=True):
         if not part.any():
             return None
         keep = {}
         for d, length in enumerate(shape):
-            kept = part.reshape(-1, length, torch.Size(shape[d + 1 :]).numel()).any(2).any(0)
+            view = (-1, length, torch.Size(shape[d + 1 :]).numel())
+            kept = part.reshape(view).any(2).any(0) | ~whole.reshape(view).any(2).any(0)
             if not kept.all():
                 keep[d] = kept.nonzero().reshape(-1)
         found.append(keep)

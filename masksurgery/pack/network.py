@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from masksurgery.opaque import Follow, Opaque
 from masksurgery.pack.free import Free, find_free, grow
 from masksurgery.pack.functional import make_functional
 from masksurgery.part import Part
-from masksurgery.running import IF_NEED_BE, WITHOUT_DATA, call_node
+from masksurgery.running import IF_NEED_BE, WITHOUT_DATA, Way, call_node, run_shapes
 from masksurgery.types import LayoutError
 
 GROWTHS = 4
@@ -107,10 +107,12 @@ def member_network(model: ConvertedModel) -> Network:
     masks = {name: m for name, m in root.named_modules() if isinstance(m, _Masksembles)}
     graph, opaque = _copy_graph(model, root)
     root._modules = {name: m for name, m in root._modules.items() if name not in masks}
-    make_functional(graph, root)
-    _fold_constants(graph, root)
     root.eval()
-    facts, free = _look(graph, root, model)
+    ways = IF_NEED_BE if any(isinstance(module, Part) for module in root.modules()) else WITHOUT_DATA
+    inputs = _inputs(graph, root, model, ways)
+    make_functional(graph, root, Example.of(inputs, model.settings.unbatched), ways)
+    _fold_constants(graph, root)
+    facts, free = _look(graph, root, inputs, model.settings.unbatched, ways)
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
         if node.target is masked or node in opaque or dependent.intersection(node.all_input_nodes):
@@ -120,40 +122,49 @@ def member_network(model: ConvertedModel) -> Network:
     return Network(root, graph, facts, free, masks, rows, dependent, opaque)
 
 
-def _look(graph: fx.Graph, root: nn.Module, model: ConvertedModel) -> tuple[dict[fx.Node, Facts], Free]:
+def _look(
+    graph: fx.Graph,
+    root: nn.Module,
+    inputs: inspect.BoundArguments,
+    unbatched: Sequence[str],
+    ways: Sequence[Way],
+) -> tuple[dict[fx.Node, Facts], Free]:
     """Run the graph without data, on inputs so large that no free dimension is of length 1, which says little."""
     watch = [name for name, module in root.named_modules() if isinstance(module, Part)]
-    unbatched = model.settings.unbatched
 
     def facts_of(inputs: inspect.BoundArguments) -> dict[fx.Node, Facts]:
         return analyse(graph, root, Example.of(inputs, unbatched), lambda node: channel_dim_of(root, node), watch)
 
-    try:
-        facts = facts_of(bound := _inputs(model))
-    except LayoutError:  # the model may have been cast since its conversion
-        facts = facts_of(bound := _inputs(model, cast_to=_dtype(root)))
+    facts = facts_of(inputs)
     for growths_left in reversed(range(GROWTHS)):
-        free = find_free(graph, root, bound, unbatched, IF_NEED_BE if watch else WITHOUT_DATA)
+        free = find_free(graph, root, inputs, unbatched, ways)
         if free.shortest > 1 or not growths_left:
             break
         try:
-            facts = facts_of(bound := grow(bound, free.inputs))
+            facts = facts_of(inputs := grow(inputs, free.inputs))
         except LayoutError:  # not all of them at once
             break
     return facts, free
 
 
-def _inputs(model: ConvertedModel, cast_to: torch.dtype | None = None) -> inspect.BoundArguments:
-    """What one forward takes, as the conversion recorded it."""
+def _inputs(graph: fx.Graph, root: nn.Module, model: ConvertedModel, ways: Sequence[Way]) -> inspect.BoundArguments:
+    """What one forward takes, as the conversion recorded it; in the model's dtype if it was cast since then."""
 
-    def cast(leaf: Any) -> Any:
-        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.to(cast_to) if cast_to is not None and floating else leaf
+    def bind(dtype: torch.dtype | None) -> inspect.BoundArguments:
+        def cast(leaf: Any) -> Any:
+            floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+            return leaf.to(dtype) if dtype is not None and floating else leaf
 
-    signature = inspect.signature(model._base_type.forward)
-    args, kwargs = tree_map(cast, make_inputs(model.inputs))
-    bound = signature.bind(None, *args, **kwargs)
-    return inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
+        signature = inspect.signature(model._base_type.forward)
+        args, kwargs = tree_map(cast, make_inputs(model.inputs))
+        bound = signature.bind(None, *args, **kwargs)
+        return inspect.BoundArguments(signature, dict(list(bound.arguments.items())[1:]))  # type: ignore[arg-type]
+
+    try:
+        run_shapes(graph, root, Example.of(recorded := bind(None), model.settings.unbatched), ways)
+    except LayoutError:
+        return bind(_dtype(root))
+    return recorded
 
 
 def _dtype(root: nn.Module) -> torch.dtype | None:

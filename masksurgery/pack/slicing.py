@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from masksurgery.pack.cut_layers import cut_layer
 from masksurgery.pack.cutting import Cutter, Keep, positions, same_index
@@ -86,7 +86,8 @@ class Slicer(Cutter):
         cut = cut_layer(
             operation, self.member, self.kept((node, 0)), self.widening.zero_rows.get(node), self._reads(operation)
         )
-        others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim}
+        mixes_along_one = isinstance(cut.module, nn.Linear)  # a convolution mixes what stands beside each other, too
+        others = {d: index for d, index in self.kept((node, 0)).items() if d != cut.dim and mixes_along_one}
         inputs = {**others, cut.dim: cut.inputs} if cut.inputs is not None else others
         name = self.sliced.add_layer(f"{self.prefix}{node.target}", cut)
         found = call_layer(self.sliced, operation, name, self.get(place, inputs), self.value)
@@ -169,7 +170,7 @@ class Slicer(Cutter):
     def move(self, operation: Operation) -> Any:
         node = operation.node
         places = [(node, k) for k in range(len(self.net.tensors(node)))]
-        outputs = [self.kept(place) if bool(self.needed[place].any()) else None for place in places]
+        outputs = [self.kept(place) if place in self.needed and self.needed[place].any() else None for place in places]
         if not any(outputs) and not any(self.kept(place) for place in operation.inputs):
             return self.copy(operation, {place[0]: self.value(place[0]) for place in operation.inputs})
         found = find_move(operation, self.net, self.member.labels, outputs)
