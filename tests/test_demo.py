@@ -12,7 +12,7 @@ from masksurgery import ConfigError, load
 from masksurgery.demo import Demo
 
 LIMIT = 600
-"""CPU seconds that the demo may take. The machine of the README needs under 180, one without AVX-512 three times that."""
+"""CPU seconds that the demo may take. The README's machine needs under 180, one without AVX-512 three times that."""
 
 
 def test_the_images(tmp_path: Path) -> None:
