@@ -167,18 +167,17 @@ def test_converting_is_quick(name: str) -> None:
     base = timm.create_model(name).eval()
     bound = bind_inputs(base, (torch.zeros(1, 3, 224, 224),))
 
-    def seconds(function) -> float:
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            function()
-            times.append(time.process_time() - start)
-        return min(times)
-
     example = Example.of(bound)
-    bare = seconds(lambda: Tracer(base, example).trace(copy.deepcopy(base)))
-    # The second is one of a machine on which a bare trace takes 0.1 s; a slower one gets as many traces instead.
-    assert seconds(lambda: masksurgery.convert(base)) <= 3 * bare + max(1, 4 * bare)
+    calls = (lambda: Tracer(base, example).trace(copy.deepcopy(base)), lambda: masksurgery.convert(base))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(4):  # in turn, and the fastest of each: a busy moment slows both
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+    bare, converting = map(min, seconds)
+    # The second is one of a machine on which a bare trace takes 0.1 s; a slower one gets six of its traces instead.
+    assert converting <= 3 * bare + max(1, 6 * bare)
 
 
 def test_members_get_equal_shares_over_steps() -> None:

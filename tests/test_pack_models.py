@@ -97,7 +97,7 @@ def test_resnet50_is_packed_in_less_than_five_seconds() -> None:
     model = masksurgery.convert(timm.create_model("resnet50").eval())
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         masksurgery.pack(model, "unrolled", dense=False)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 5  # other tests may run beside it
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 5
