@@ -187,9 +187,8 @@ def with_reference_layers(model: ConvertedModel) -> nn.Module:
     return repeated
 
 
-def with_dropout(model: ConvertedModel) -> nn.Module:
-    """A model of one member, with dropout in the place of its masks."""
-    share = 1 - 1 / (SCALE * (1 - (1 - 1 / SCALE) ** N))
+def with_dropout(model: ConvertedModel, share: float = 1 - 1 / (SCALE * (1 - (1 - 1 / SCALE) ** N))) -> ConvertedModel:
+    """A model of one member, with dropout of this share in the place of its masks."""
     for site in model.surgery.sites:
         setattr(model, site.mask, AlwaysDropout(model.get_submodule(site.mask), share))
     model.output = "logits"

