@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,11 @@ def methods(script: ModuleType) -> ModuleType:
 
 
 @pytest.fixture
+def recipes(script: ModuleType) -> ModuleType:
+    return sys.modules["quality_recipes"]
+
+
+@pytest.fixture
 def report(script: ModuleType) -> ModuleType:
     return sys.modules["quality_report"]
 
@@ -43,11 +50,13 @@ def report(script: ModuleType) -> ModuleType:
 def group(script: ModuleType, methods: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     tasks = sys.modules["quality_tasks"].TASKS
     monkeypatch.setitem(tasks, "diabetes", replace(tasks["diabetes"], base_epochs=2, epochs=(1, 2)))
-    return methods.Group("diabetes", 0)
+    return sys.modules["quality_group"].Group("diabetes", 0)
 
 
 def run_of(methods: ModuleType, method: str, **options: Any) -> Any:
-    return methods.Run("diabetes", 0, method, 2, 1e-3, {"p": 0.25, **options} if method == "dropout" else options)
+    return sys.modules["quality_group"].Run(
+        "diabetes", 0, method, 2, 1e-3, {"p": 0.25, **options} if method == "dropout" else options
+    )
 
 
 def candidates(methods: ModuleType, group: Any, method: str, **options: Any) -> dict[str, Any]:
@@ -92,12 +101,12 @@ def test_all_start_from_one_base_model_and_leave_it(methods: ModuleType, group: 
 
 
 def test_runs_do_not_depend_on_what_ran_before(methods: ModuleType, group: Any) -> None:
-    x, other = group.data.test.x, methods.Group("diabetes", 0)
+    x, other = group.data.test.x, sys.modules["quality_group"].Group("diabetes", 0)
     one = candidates(methods, group, "masksembles")["masksembles"].predict
     torch.rand(3)
     candidates(methods, other, "dropout")
     two = candidates(methods, other, "masksembles")["masksembles"].predict
-    three = candidates(methods, methods.Group("diabetes", 1), "masksembles")["masksembles"].predict
+    three = candidates(methods, sys.modules["quality_group"].Group("diabetes", 1), "masksembles")["masksembles"].predict
     with torch.no_grad():
         assert torch.equal(one(x).members, two(x).members) and not torch.equal(one(x).members, three(x).members)
 
@@ -114,7 +123,7 @@ def test_repeat_sends_every_sample_through_all_members(methods: ModuleType, grou
     whole = group.loss
     group.loss = lambda outputs, y: sizes.append((len(outputs[0]), len(y))) or whole(outputs, y)
     found = candidates(methods, group, "masksembles", train_mode="repeat")["masksembles"]
-    assert set(sizes[-16:]) == {(128, 128)} and found.epochs == 8
+    assert set(sizes[-16:]) == {(128, 32)} and found.epochs == 8
 
 
 def test_a_temperature_is_fitted_to_the_validation_part_alone(
@@ -128,9 +137,74 @@ def test_a_temperature_is_fitted_to_the_validation_part_alone(
     assert base["test"]["rmse"] == temperature["test"]["rmse"]
 
 
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_growing_masks_are_parts_of_those_before(recipes: ModuleType) -> None:
+    base = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 2))
+    model = masksurgery.convert(base, example_inputs=(torch.zeros(1, 4),))
+    final = [model.get_submodule(site.mask).masks.clone() for site in model.surgery.sites]
+    growth = recipes.Growth(model, 3, np.random.default_rng(0))
+    seen = []
+    for epoch in range(5):
+        growth.begin(epoch)
+        layers: list[Any] = [model.get_submodule(site.mask) for site in model.surgery.sites]
+        seen.append([layer.masks.clone() for layer in layers])
+        assert all((layer.masks.sum(1) == layer.kept).all() for layer in layers)
+    assert [int(masks[0][0].sum()) for masks in seen] == [35, 30, 26, 21, 21]
+    for before, after in itertools.pairwise(seen):
+        assert not any((new & ~old).any() for old, new in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1], final, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize(("channels", "n", "ones"), [(64, 4, 34), (6, 4, 3), (84, 2, 56), (16, 8, 8), (64, 4, 16)])
+def test_masks_with_a_core_share_the_most_important_channels(
+    recipes: ModuleType, channels: int, n: int, ones: int, share: float
+) -> None:
+    scores = np.random.default_rng(0).random(channels)
+    masks = recipes.masks_with_core(scores, ones, n, share, 0)
+    core = min(round(share * ones), (n * ones - channels) // (n - 1))
+    assert masks.shape == (n, channels) and (masks.sum(1) == ones).all() and masks.any(0).all()
+    assert masks[:, np.argsort(-scores)[:core]].all() and core <= masks.all(0).sum() < ones
+
+
+def test_importance_is_that_of_the_first_order(recipes: ModuleType) -> None:
+    base = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    model = masksurgery.convert(base, n=1, example_inputs=(torch.zeros(1, 3),), task="regression").eval()
+    x, y = torch.randn(5, 3), torch.randn(5)
+    found = recipes.importance(model, [(x, y)], lambda out, y: (out[0][:, 0] * y).sum())
+    expected = (base[0](x) * base[1].weight * y[:, None]).abs().sum(0)
+    assert torch.allclose(found[model.surgery.sites[0].mask], expected)
+
+
+def test_recipes_reach_the_training(methods: ModuleType, group: Any) -> None:
+    plain = candidates(methods, group, "masksembles")["masksembles"]
+    core = candidates(methods, group, "masksembles", core=0.5)["masksembles"]
+    assert plain.macs == core.macs
+    site = plain.predict.surgery.sites[0]
+    masks = [c.predict.get_submodule(site.mask).masks for c in (plain, core)]
+    assert not torch.equal(*masks) and core.predict.get_submodule(site.mask).masks.all(0).sum() >= 17
+    assert candidates(methods, group, "masksembles", last=1)["masksembles"].epochs == 2 + 3
+    grown = candidates(methods, group, "masksembles", grow=0.5)["masksembles"].predict
+    assert torch.equal(grown.get_submodule(site.mask).masks, masks[0])
+    assert not torch.equal(grown.get_parameter("body.0.weight"), plain.predict.get_parameter("body.0.weight"))
+
+
+def test_a_teacher_is_the_base_model(methods: ModuleType, group: Any) -> None:
+    network = nn.Linear(10, 3)
+    group._kept["base", 0] = sys.modules["quality_group"].Trained(network)
+    x = group.data.train.x[:6]
+    same, other = group.distance(network(x), x), group.distance(torch.zeros(6, 3), x)
+    p = network(x).softmax(1)
+    assert same.item() == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
+    assert other.item() == pytest.approx(math.log(3), rel=1e-5) and same < other
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again(
     script: ModuleType, group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

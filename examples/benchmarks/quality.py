@@ -27,7 +27,8 @@ from typing import Any
 
 import quality_tasks
 import torch
-from quality_methods import METHODS, Candidate, Group, Run, fit_temperature
+from quality_group import Candidate, Group, Run
+from quality_methods import METHODS, fit_temperature
 from quality_plan import PROFILES, plan
 from quality_report import write_report
 from quality_tasks import BATCH, TASKS, Part, Places
@@ -79,9 +80,9 @@ def run_group(runs: Sequence[Run], file: Path, places: Places, until: float) -> 
     torch.set_num_threads(1)
     logging.getLogger("masksurgery").setLevel(logging.ERROR)  # what is converted here is fine-tuned
     quality_tasks.PLACES = places
-    group = Group(runs[0].task, runs[0].seed)
+    group, parent = Group(runs[0].task, runs[0].seed), multiprocessing.parent_process()
     for run in runs:
-        if time.time() > until:
+        if time.time() > until or (parent is not None and not parent.is_alive()):
             return
         append(file, carry_out(group, run))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quality_methods import Run
+from quality_group import Run
 from quality_tasks import TASKS
 
 PROFILES = ("short", "full")
@@ -14,6 +14,10 @@ SHORT = ("lenet", "diabetes")
 DROPOUT = (0.1, 0.25)
 SINGLE: tuple[dict[str, Any], ...] = ({"scale": 1.5}, {"scale": 3.0}, {"n": 2}, {"n": 8}, {"rescale": False})
 """What is changed of n=4, scale 2, one thing at a time, beside sites and train mode."""
+RECIPES: tuple[dict[str, Any], ...] = (
+    {"grow": 0.5}, {"core": 0.5}, {"teacher": 0.5}, {"last": 1}, {"grow": 0.5, "core": 0.5, "teacher": 0.5, "last": 1},
+)  # fmt: skip
+"""Other ways to fine-tune, one at a time and together; classifications only, for there is a teacher."""
 
 
 def plan(profile: str, tasks: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
@@ -40,4 +44,6 @@ def _of_task(name: str, profile: str) -> Iterator[tuple[str, int, float, dict[st
         for sites in ("head",) if profile == "short" else [name for name in task.sites if name != "all"]:
             yield "masksembles", long, lr, {"sites": sites}
         if profile == "full":
+            for options in RECIPES if task.kind == "classification" else ():
+                yield "masksembles", long, lr, options
             yield "masksembles", long, lr, {"train_mode": "repeat"}

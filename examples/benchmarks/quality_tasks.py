@@ -21,7 +21,7 @@ from masksurgery.types import Task as Kind
 
 IDX_HEADER = {"images": 16, "labels": 8}
 BATCH = 500
-CORRUPTED = 500
+CORRUPTED = 250
 """Images of the test part that are corrupted, by each kind and severity."""
 
 
@@ -229,16 +229,16 @@ def _fashion(_: int, **options: Any) -> Data:
 
 TASKS: dict[str, Task] = {
     "lenet": Task(
-        "LeNet on Fashion-MNIST",
-        partial(_fashion, train=20_000, val=5_000, size=28, channels=1, mean=0.286, std=0.353),
+        "LeNet on Fashion-MNIST, 10,000 images",
+        partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         lenet,
         base_epochs=6,
         epochs=(3, 12),
         sites={"all": {}, "inner": {"include": ["3", "7"]}, "last": {"include": ["7", "9"]}, "head": {"where": "head"}},
     ),
     "resnet": Task(
-        "ResNet (timm's test_resnet) on Fashion-MNIST",
-        partial(_fashion, train=10_000, val=5_000, size=28, channels=1, mean=0.286, std=0.353),
+        "ResNet (timm's test_resnet) on Fashion-MNIST, 10,000 images",
+        partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
         base_epochs=6,
         epochs=(3, 12),

@@ -1,0 +1,213 @@
+"""What the methods of `quality.py` share: a base model, its data, and one way to train."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from quality_tasks import TASKS, Data, Part, Task
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import masksurgery
+from masksurgery.macs import count_macs
+from masksurgery.model import ConvertedModel
+from masksurgery.optimisation import create_optimizer
+from masksurgery.prediction import Head, Prediction, RegressionPrediction
+from masksurgery.training_config import FinetuneConfig
+
+Predict = Callable[[Tensor], Prediction | RegressionPrediction]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, and what is made of it.
+
+    Attributes:
+        task, seed: What is learned; the seed is that of weights, batches and masks.
+        method: One of `METHODS`.
+        epochs, lr: Of the training that starts from the base model.
+        options: Of the method.
+    """
+
+    task: str
+    seed: int
+    method: str
+    epochs: int
+    lr: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.task, self.seed, self.method, self.epochs, self.lr, tuple(sorted(self.options.items())))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, and what it has cost beyond the base model: seconds, and epochs of one network."""
+
+    network: nn.Module
+    seconds: float = 0.0
+    epochs: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that predicts.
+
+    Attributes:
+        name: The method's, as in the tables.
+        n: Members, or passes.
+        predict: In eval, and without gradients.
+        head: What aggregates the members in it, with a temperature.
+        seconds, epochs: Of training, beyond the base model's; an epoch in which each image meets n members counts n.
+        macs: Multiply-adds of one prediction, by how it is computed.
+        facts: More to note.
+    """
+
+    name: str
+    n: int
+    predict: Predict
+    head: Head
+    seconds: float
+    epochs: float
+    macs: Mapping[str, int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Group:
+    """The runs of one task and one seed, which share base models; what several of them need is trained once."""
+
+    def __init__(self, task: str, seed: int) -> None:
+        self.name, self.seed = task, seed
+        self.task: Task = TASKS[task]
+        self._kept: dict[tuple[Any, ...], Trained] = {}
+
+    @cached_property
+    def data(self) -> Data:
+        return self.task.data(self.seed)
+
+    @cached_property
+    def corrupted(self) -> dict[tuple[str, int], Part]:
+        return self.data.corrupted()
+
+    @cached_property
+    def base_macs(self) -> int:
+        return count_macs(self.base().network, (self.data.test.x[:1],))
+
+    def base(self, member: int = 0) -> Trained:
+        """A base model; those of other numbers have been trained independently, from other random weights."""
+
+        def train() -> Trained:
+            with seeded(self.name, self.seed, "base", member):
+                model = self.task.model()
+                seconds = self.fit(model, self.task.base_epochs, self.task.base_lr)
+            return Trained(model, seconds, self.task.base_epochs)
+
+        return self._keep(("base", member), train)
+
+    def tuned(self, run: Run, start: int = 0, order: int = 0) -> Trained:
+        """A base model after the run's epochs; `order` chooses the batches."""
+
+        def train() -> Trained:
+            model = copy.deepcopy(self.base(start).network)
+            with seeded(self.name, self.seed, "tuned", start, order):
+                return Trained(model, self.fit(model, run.epochs, run.lr), run.epochs)
+
+        return self._keep(("tuned", start, order, run.epochs, run.lr), train)
+
+    def fit(
+        self,
+        model: nn.Module,
+        epochs: int,
+        lr: float,
+        begin: Callable[[int], None] = lambda epoch: None,
+        teacher: float = 0.0,
+    ) -> float:
+        """Train as `masksurgery.finetune` does by default, without augmentation.
+
+        Args:
+            begin: Called before each epoch with its number, from 0.
+            teacher: Share of the loss that is the distance from the base model's answer.
+        Returns:
+            The seconds that it took.
+        """
+        start = time.perf_counter()
+        part, batch = self.data.train, self.task.batch
+        config = FinetuneConfig(epochs=epochs, batch_size=batch, lr=lr)
+        steps = len(part) // batch
+        optimizer, schedule = create_optimizer(model, config, steps)
+        model.train()
+        for epoch in range(epochs):
+            begin(epoch)
+            order = torch.randperm(len(part))
+            for k in range(steps):
+                some = part.take(order[k * batch : (k + 1) * batch])
+                outputs = model(some.x)
+                loss = self.loss(outputs, some.y)
+                if teacher:
+                    loss = (1 - teacher) * loss + teacher * self.distance(outputs, some.x)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                optimizer.step()
+                schedule.step_update(epoch * steps + k + 1)
+        model.eval()
+        return time.perf_counter() - start
+
+    def loss(self, outputs: Any, y: Tensor) -> Tensor:
+        """Of outputs for the samples of y, or for all members [n*b, ...]."""
+        if self.task.kind == "regression":
+            return F.gaussian_nll_loss(outputs[0], self.repeated(y, outputs[0]), outputs[1].exp())
+        return F.cross_entropy(outputs, self.repeated(y, outputs))
+
+    def distance(self, outputs: Tensor, x: Tensor) -> Tensor:
+        """Cross-entropy to the base model's probabilities (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)."""
+        with torch.no_grad():
+            answer = self.base().network(x).softmax(1)
+        return F.cross_entropy(outputs, self.repeated(answer, outputs))
+
+    @staticmethod
+    def repeated(y: Tensor, outputs: Tensor) -> Tensor:
+        return masksurgery.repeat_targets(y, len(outputs) // len(y))
+
+    def mixture(self, networks: Sequence[Callable[[Tensor], Any]]) -> tuple[Predict, Head]:
+        """What a converted model makes of its members' outputs, of the outputs of these."""
+        if self.task.kind == "regression":
+            head = Head(len(networks), [0, 0], ["regression", "regression"], heteroscedastic=True)
+        else:
+            head = Head(len(networks), [0], ["classification"])
+
+        def predict(x: Tensor) -> Any:
+            return head.aggregate(tree_map(lambda *outputs: torch.cat(outputs), *[network(x) for network in networks]))
+
+        return predict, head
+
+    def convert(self, n: int, scale: float, sites: str = "all", **options: Any) -> ConvertedModel:
+        regression = {"task": "regression", "heteroscedastic": True} if self.task.kind == "regression" else {}
+        example = (self.data.train.x[:1],)
+        given = {**self.task.sites[sites], **regression, **options}
+        return masksurgery.convert(
+            self.base().network, n=n, scale=scale, seed=self.seed, example_inputs=example, **given
+        )
+
+    def _keep(self, key: tuple[Any, ...], train: Callable[[], Trained]) -> Trained:
+        if key not in self._kept:
+            self._kept[key] = train()
+        return self._kept[key]
+
+
+@contextmanager
+def seeded(*what: Any) -> Iterator[None]:
+    """Draw what is drawn inside from a seed made of these; outside nothing changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.Random(repr(what)).getrandbits(62))
+        yield
