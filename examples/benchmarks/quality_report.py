@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,16 +103,17 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def _settings(rows: Iterable[Mapping[str, Any]]) -> Iterator[Setting]:
-    """Those of which every seed of the task is there: others cannot be compared with them."""
+    """Those that can be compared: of the seeds with which most was run, what was run with all of these."""
     found: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         for result in row["results"]:
             key = (result["name"], row["epochs"], row["lr"], tuple(sorted(row["options"].items())))
             found[key][row["seed"]] = result
-    most = max(map(len, found.values()), default=0)
+    counts = Counter(seed for results in found.values() for seed in results)
+    seeds = {seed for seed, count in counts.items() if count == max(counts.values())}
     for (name, epochs, lr, options), results in found.items():
-        if len(results) == most:
-            yield Setting(name, epochs, lr, dict(options), results)
+        if seeds <= results.keys():
+            yield Setting(name, epochs, lr, dict(options), {seed: results[seed] for seed in seeds})
 
 
 def best(settings: Iterable[Setting]) -> Setting:
