@@ -27,7 +27,7 @@ from typing import Any
 
 import quality_tasks
 import torch
-from quality_group import Candidate, Group, Run
+from quality_group import Candidate, Group, Run, seeded
 from quality_methods import METHODS, fit_temperature
 from quality_plan import PROFILES, plan
 from quality_report import write_report
@@ -36,6 +36,7 @@ from quality_tasks import BATCH, TASKS, Part, Places
 from masksurgery.bench import describe_machine
 from masksurgery.metrics import RankedScores, Suite, detect
 from masksurgery.rebuild import version_of
+from masksurgery.types import EvaluationError
 from masksurgery.variants import Conditions
 
 HERE = Path(__file__).parent
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not options.report:
         places = Places(options.fashion, options.digits)
-        todo = [run for run in plan(options.profile, options.tasks, options.seeds) if run.key not in done(options.file)]
+        done = {run_of(row).key for row in read(options.file)}
+        todo = [run for run in plan(options.profile, options.tasks, options.seeds) if run.key not in done]
         groups = [list(runs) for _, runs in groupby(todo, key=lambda run: (run.task, run.seed))]
         until = time.time() + 60 * options.minutes if options.minutes else float("inf")
         print(f"{len(todo)} runs to do", flush=True)
@@ -88,14 +90,19 @@ def run_group(runs: Sequence[Run], file: Path, places: Places, until: float) -> 
 
 
 def carry_out(group: Group, run: Run) -> dict[str, Any]:
-    """Train, evaluate, and say what came out."""
-    start = time.perf_counter()
-    results = [evaluate(group, candidate) for candidate in METHODS[run.method](group, run)]
+    """Train, evaluate, and say what came out; of a training that diverged, that it did."""
+    start, failed = time.perf_counter(), None
+    try:
+        with seeded(*run.key, "predict"):  # what dropout draws
+            results = [evaluate(group, candidate) for candidate in METHODS[run.method](group, run)]
+    except EvaluationError as error:
+        results, failed = [], str(error)
     versions = {name: version_of(name) for name in ("masksurgery", "torch", "timm")}
     return {
         "task": run.task, "seed": run.seed, "method": run.method, "epochs": run.epochs, "lr": run.lr,
-        "options": dict(run.options), "results": results, "seconds": round(time.perf_counter() - start, 1),
-        "base_macs": group.base_macs, "machine": describe_machine(Conditions(1))["cpu"], "versions": versions,
+        "options": dict(run.options), "definition": group.task.definition, "failed": failed, "results": results,
+        "seconds": round(time.perf_counter() - start, 1), "base_macs": group.base_macs,
+        "machine": describe_machine(Conditions(1))["cpu"], "versions": versions,
     }  # fmt: skip
 
 
@@ -107,10 +114,11 @@ def evaluate(group: Group, candidate: Candidate) -> dict[str, Any]:
     2020 (arXiv:2002.06470) ask for: else a method may win for what any other could have, too.
     """
     data = group.data
-    val, test = figures(group, candidate, data.val), figures(group, candidate, data.test)
+    val, test = measure(group, candidate, data.val), measure(group, candidate, data.test)
     found: dict[str, Any] = {
         "name": candidate.name, "n": candidate.n, "train_seconds": round(candidate.seconds, 1),
-        "train_epochs": candidate.epochs, "macs": dict(candidate.macs), **candidate.facts,
+        "train_epochs": candidate.epochs, "macs": dict(candidate.macs),
+        "temperature": candidate.head.temperature,
         "val": val.compute().figures, "test": test.compute().figures,
     }  # fmt: skip
     if data.unknown is not None:
@@ -121,18 +129,18 @@ def evaluate(group: Group, candidate: Candidate) -> dict[str, Any]:
         found["auroc"] = {score: row["auroc"] for score, row in detect(test.ranked, unknown).items()}
     rows: dict[int, list[Mapping[str, float]]] = {}
     for (_, severity), part in group.corrupted.items():
-        rows.setdefault(severity, []).append(figures(group, candidate, part, detail=False).compute().figures)
+        rows.setdefault(severity, []).append(measure(group, candidate, part, detail=False).compute().figures)
     found["corrupted"] = {
         severity: {name: sum(row[name] for row in some) / len(some) for name in ("accuracy", "nll", "ece")}
         for severity, some in rows.items()
     }
     if candidate.head.temperature == 1:
         candidate.head.temperature = fit_temperature(group, candidate.predict)
-        found["calibrated"] = figures(group, candidate, data.test, detail=False).compute().figures
+        found["calibrated"] = measure(group, candidate, data.test, detail=False).compute().figures
     return found
 
 
-def figures(group: Group, candidate: Candidate, part: Part, detail: bool = True) -> Suite:
+def measure(group: Group, candidate: Candidate, part: Part, detail: bool = True) -> Suite:
     kind = group.task.kind
     suite = Suite(kind, n=candidate.n, outputs=OUTPUTS[kind], detail=detail, heteroscedastic=kind == "regression")
     for x, y in part.batches():
@@ -152,7 +160,10 @@ def append(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The lines; of a run that is there twice the later one. A last line that was cut off is left out."""
+    """The lines of tasks as they are defined now; of a run that is there twice the later one.
+
+    What was cut off is left out.
+    """
     if not file.exists():
         return []
     rows = {}
@@ -162,16 +173,13 @@ def read(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             print(f"{file}: a line is cut off; its run will be done again", file=sys.stderr)
             continue
-        rows[run_of(row).key] = row
+        if row["definition"] == TASKS[row["task"]].definition:
+            rows[run_of(row).key] = row
     return list(rows.values())
 
 
 def run_of(row: Mapping[str, Any]) -> Run:
     return Run(*(row[name] for name in ("task", "seed", "method", "epochs", "lr", "options")))
-
-
-def done(file: Path) -> set[tuple[Any, ...]]:
-    return {run_of(row).key for row in read(file)}
 
 
 if __name__ == "__main__":

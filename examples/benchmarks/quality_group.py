@@ -12,16 +12,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from quality_tasks import TASKS, Data, Part, Task
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import masksurgery
+from masksurgery.losses import Objective, choose_loss
 from masksurgery.macs import count_macs
 from masksurgery.model import ConvertedModel
 from masksurgery.optimisation import create_optimizer
 from masksurgery.prediction import Head, Prediction, RegressionPrediction
+from masksurgery.randomness import forked_random_state, seed_global
 from masksurgery.training_config import FinetuneConfig
 
 Predict = Callable[[Tensor], Prediction | RegressionPrediction]
@@ -70,7 +71,6 @@ class Candidate:
         head: What aggregates the members in it, with a temperature.
         seconds, epochs: Of training, beyond the base model's; an epoch in which each image meets n members counts n.
         macs: Multiply-adds of one prediction, by how it is computed.
-        facts: More to note.
     """
 
     name: str
@@ -80,7 +80,6 @@ class Candidate:
     seconds: float
     epochs: float
     macs: Mapping[str, int]
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Group:
@@ -132,11 +131,14 @@ class Group:
         begin: Callable[[int], None] = lambda epoch: None,
         teacher: float = 0.0,
     ) -> float:
-        """Train as `masksurgery.finetune` does by default, without augmentation.
+        """Train with what `masksurgery.finetune` uses by default: timm's AdamW and cosine schedule, clipped gradients.
+
+        There is no augmentation, and the last weights are taken, for it is budgets that are compared.
 
         Args:
             begin: Called before each epoch with its number, from 0.
-            teacher: Share of the loss that is the distance from the base model's answer.
+            teacher: Share of the loss whose targets are the base model's probabilities (Hinton et al. 2015,
+                arXiv:1503.02531, at temperature 1).
         Returns:
             The seconds that it took.
         """
@@ -154,30 +156,26 @@ class Group:
                 outputs = model(some.x)
                 loss = self.loss(outputs, some.y)
                 if teacher:
-                    loss = (1 - teacher) * loss + teacher * self.distance(outputs, some.x)
+                    loss = (1 - teacher) * loss + teacher * self.loss(outputs, self.answer(some.x))
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
                 optimizer.step()
                 schedule.step_update(epoch * steps + k + 1)
+        optimizer.zero_grad()  # many networks are kept, and are to be small
         model.eval()
         return time.perf_counter() - start
 
     def loss(self, outputs: Any, y: Tensor) -> Tensor:
-        """Of outputs for the samples of y, or for all members [n*b, ...]."""
-        if self.task.kind == "regression":
-            return F.gaussian_nll_loss(outputs[0], self.repeated(y, outputs[0]), outputs[1].exp())
-        return F.cross_entropy(outputs, self.repeated(y, outputs))
+        """Of outputs for the samples of y, or for all members [n*b, ...]; y may hold shares of the classes."""
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        objective = Objective(self.task.kind, choose_loss(self.task.kind, self.task.kind == "regression"))
+        return objective(outputs, masksurgery.repeat_targets(y, len(first) // len(y)))
 
-    def distance(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """Cross-entropy to the base model's probabilities (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)."""
-        with torch.no_grad():
-            answer = self.base().network(x).softmax(1)
-        return F.cross_entropy(outputs, self.repeated(answer, outputs))
-
-    @staticmethod
-    def repeated(y: Tensor, outputs: Tensor) -> Tensor:
-        return masksurgery.repeat_targets(y, len(outputs) // len(y))
+    @torch.no_grad()
+    def answer(self, x: Tensor) -> Tensor:
+        """The base model's probabilities."""
+        return self.base().network(x).softmax(1)
 
     def mixture(self, networks: Sequence[Callable[[Tensor], Any]]) -> tuple[Predict, Head]:
         """What a converted model makes of its members' outputs, of the outputs of these."""
@@ -208,6 +206,6 @@ class Group:
 @contextmanager
 def seeded(*what: Any) -> Iterator[None]:
     """Draw what is drawn inside from a seed made of these; outside nothing changes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random.Random(repr(what)).getrandbits(62))
+    with forked_random_state():
+        seed_global("quality", random.Random(repr(what)).getrandbits(62))
         yield

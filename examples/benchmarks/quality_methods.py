@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from inference_models import with_dropout
 from quality_group import Candidate, Group, Predict, Run, Trained, seeded
-from quality_recipes import Growth, Recipe, importance, put_core, single
-from torch import Tensor
+from quality_recipes import Recipe, Shrinking, importance, put_core, single
 
 import masksurgery
 from masksurgery.calibration import TemperatureFit
@@ -40,8 +38,7 @@ def train_base(group: Group, run: Run) -> Iterator[Candidate]:
         predict, head = group.mixture([trained.network])
         if name == "temperature":
             head.temperature = fit_temperature(group, predict)
-        facts = {"temperature": head.temperature}
-        yield Candidate(name, 1, predict, head, trained.seconds, trained.epochs, {"base": group.base_macs}, facts)
+        yield Candidate(name, 1, predict, head, trained.seconds, trained.epochs, {"base": group.base_macs})
 
 
 def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
@@ -50,13 +47,12 @@ def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
         model = with_dropout(group.convert(1, 2.0), run.options["p"])
         model.output = "prediction"
         seconds = group.fit(model, run.epochs, run.lr)
-
-    def once(x: Tensor) -> Any:
-        return single(model(x))
-
+    converted = count_macs(group.convert(MEMBERS, 2.0), (group.data.test.x[:1],))
+    again = (converted - group.base_macs) // (MEMBERS - 1)  # a pass repeats what is behind the first dropout
     for passes in PASSES:
-        macs = {"passes": passes * group.base_macs}
-        yield Candidate(f"dropout{passes}", passes, *group.mixture([once] * passes), seconds, run.epochs, macs)
+        macs = {"passes": group.base_macs + (passes - 1) * again}
+        predict, head = group.mixture([lambda x: single(model(x))] * passes)
+        yield Candidate(f"dropout{passes}", passes, predict, head, seconds, run.epochs, macs)
 
 
 def train_ensemble(group: Group, run: Run) -> Iterator[Candidate]:
@@ -86,11 +82,13 @@ def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
         whole = group.convert(**{**options, "n": 1})
         some = islice(group.data.train.batches(), 4)
         put_core(model, importance(whole, some, group.loss), recipe.core, group.seed)
-    growth = Growth(model, round(recipe.grow * run.epochs), np.random.default_rng(group.seed)) if recipe.grow else None
+    shrinking = None
+    if recipe.shrink:
+        shrinking = Shrinking(model, round(recipe.shrink * run.epochs), np.random.default_rng(group.seed))
 
     def begin(epoch: int) -> None:
-        if growth is not None:
-            growth.begin(epoch)
+        if shrinking is not None:
+            shrinking.begin(epoch)
         if epoch == 0:
             masksurgery.recalibrate(model, group.data.train.x.split(group.task.batch), max_batches=20)
         if epoch >= run.epochs - recipe.last:
@@ -102,9 +100,8 @@ def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
     packed = masksurgery.pack(model, "unrolled", dense=False)
     macs = {"converted": count_macs(model, (x,)), "packed": count_macs(packed, (x,))}
     repeated = run.epochs if options.get("train_mode") == "repeat" else recipe.last
-    facts = {"sites": len(model.surgery.sites)}
     epochs = run.epochs + repeated * (n - 1)
-    yield Candidate("masksembles", n, model, model.head_module, seconds, epochs, macs, facts)
+    yield Candidate("masksembles", n, model, model.head_module, seconds, epochs, macs)
 
 
 METHODS: dict[str, Callable[[Group, Run], Iterator[Candidate]]] = {

@@ -23,14 +23,14 @@ class Recipe:
     """What differs from plain fine-tuning.
 
     Attributes:
-        grow: Share of the epochs in which the masks shrink, from full ones to what they are; 0 for masks as they are
+        shrink: Share of the epochs in which the masks shrink, from full ones to what they are; 0 for masks as they are
             from the first step on.
         core: Share of a mask's channels that is the same for all members: those that matter most to the base model.
         teacher: Share of the loss that is the distance from the base model's answer, and not from the label.
         last: Epochs at the end in which every sample goes through all members.
     """
 
-    grow: float = 0.0
+    shrink: float = 0.0
     core: float = 0.0
     teacher: float = 0.0
     last: int = 0
@@ -46,7 +46,7 @@ class Recipe:
 # --- masks that shrink -----------------------------------------------------------------------------------------------
 
 
-class Growth:
+class Shrinking:
     """Masks that lose channels from epoch to epoch: those of an epoch are a part of those of the one before it.
 
     Args:

@@ -100,8 +100,14 @@ class Task:
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"all": {}})
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
-    batch: int = 128
+    batch: int = 32
     kind: Kind = "classification"
+
+    @property
+    def definition(self) -> str:
+        """What runs have to have in common to be compared."""
+        data = ", ".join(f"{name}={value}" for name, value in getattr(self.data, "keywords", {}).items())
+        return f"{self.base_epochs} epochs at {self.base_lr:g}, batches of {self.batch}, {data or 'whole'}"
 
 
 # --- Fashion-MNIST and MNIST -----------------------------------------------------------------------------------------
@@ -232,16 +238,16 @@ TASKS: dict[str, Task] = {
         "LeNet on Fashion-MNIST, 10,000 images",
         partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         lenet,
-        base_epochs=6,
-        epochs=(3, 12),
+        base_epochs=10,
+        epochs=(5, 20),
         sites={"all": {}, "inner": {"include": ["3", "7"]}, "last": {"include": ["7", "9"]}, "head": {"where": "head"}},
     ),
     "resnet": Task(
         "ResNet (timm's test_resnet) on Fashion-MNIST, 10,000 images",
         partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
-        base_epochs=6,
-        epochs=(3, 12),
+        base_epochs=10,
+        epochs=(5, 20),
         sites={
             "all": {}, "inner": {"include": ["layer*.conv1"]}, "last": {"include": ["layer4.*"]},
             "head": {"where": "head"},
@@ -254,16 +260,14 @@ TASKS: dict[str, Task] = {
         base_epochs=3,
         epochs=(3, 6),
         sites={"all": {}, "last": {"include": ["blocks.5.*", "blocks.6.*", "conv_head"]}, "head": {"where": "head"}},
-        batch=64,
     ),
     "diabetes": Task(
         "MLP on scikit-learn's diabetes",
         diabetes,
         Mlp,
         base_epochs=10,
-        epochs=(10, 40),
+        epochs=(5, 20),
         sites={"all": {}, "head": {"where": "head"}},
-        batch=32,
         kind="regression",
     ),
 }  # fmt: skip

@@ -1,0 +1,80 @@
+"""The plots of `quality.py`: quality against the multiply-adds of a prediction."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quality_settings import Setting, relative_macs, standard_error
+
+Found = Mapping[str, tuple[int, Mapping[str, Setting]]]
+"""By the title of a task the base model's MACs, and settings by what they are called."""
+LABELS = {"nll": "NLL (lower is better)", "entropy": "AUROC by entropy (higher is better)"}
+
+
+def plot_methods(found: Found, file: Path) -> None:
+    """NLL, and AUROC where there are unknown images, of each method; Masksembles converted as a ring."""
+    panels = [
+        (title, *rest, figure)
+        for title, rest in found.items()
+        for figure in LABELS
+        if next(iter(rest[1].values())).values(figure)
+    ]
+    with _grid(len(panels), file) as (figure, grid):
+        for axes, (title, base_macs, settings, what) in zip(grid, panels, strict=False):
+            for k, (name, setting) in enumerate(settings.items()):
+                mean, error = statistics.fmean(setting.values(what)), standard_error(setting.values(what))
+                macs = relative_macs(setting, base_macs)
+                at = macs.get("packed", next(iter(macs.values())))
+                bar = None if math.isnan(error) else error
+                axes.errorbar(at, mean, bar, fmt="o", color=f"C{k}", capsize=3, label=name)
+                if "packed" in macs:
+                    axes.plot(macs["converted"], mean, "o", color=f"C{k}", fillstyle="none")
+            _dress(axes, title, LABELS[what])
+        named = [axes.get_legend_handles_labels() for axes in grid]
+        handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+def plot_masks(found: Found, file: Path) -> None:
+    """NLL of the validation part, packed, of everything that was tried of Masksembles."""
+    with _grid(len(found), file) as (_, grid):
+        for axes, (title, (base_macs, settings)) in zip(grid, found.items(), strict=False):
+            for label, setting in settings.items():
+                at, values = relative_macs(setting, base_macs)["packed"], setting.values("nll", "val")
+                error = standard_error(values)
+                mean = statistics.fmean(values)
+                axes.errorbar(at, mean, None if math.isnan(error) else error, fmt="o", color="C0", capsize=3)
+                axes.annotate(label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            _dress(axes, title, "validation NLL (lower is better)")
+
+
+@contextmanager
+def _grid(panels: int, file: Path) -> Iterator[tuple[Any, list[Any]]]:
+    """Two panels in a row; written to the file in the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    down = math.ceil(panels / 2)
+    figure, grid = plt.subplots(down, 2, figsize=(10, 3.6 * down), squeeze=False, layout="constrained")
+    for axes in grid.flat[panels:]:
+        axes.set_axis_off()
+    yield figure, list(grid.flat)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _dress(axes: Any, title: str, label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 4, 8, 30], ["1", "2", "4", "8", "30"])
+    axes.minorticks_off()
+    axes.set_xlabel("multiply-adds of a prediction, the base model as 1")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,126 @@
+"""What `quality.py` found, by setting; and which settings are chosen: by the validation part, here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TITLES = {
+    "base": "base model",
+    "temperature": "base model, temperature",
+    "dropout4": "MC dropout, 4 passes",
+    "dropout30": "MC dropout, 30 passes",
+    "masksembles": "Masksembles",
+    "tuned ensemble": "4 models from the one base model",
+    "ensemble": "deep ensemble of 4",
+}
+SCORES = ("entropy", "mutual_information")
+"""What tells unknown images; there are AUROCs of."""
+DEFAULT: dict[str, Any] = {}
+"""Options of Masksembles as they are."""
+MASKS = {"n", "scale", "sites", "rescale"}
+"""Options that change the masks, and not what training costs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One method with one set of options, over the seeds.
+
+    Attributes:
+        name: As in TITLES.
+        epochs, lr, options: What it was trained with.
+        results: By seed.
+    """
+
+    name: str
+    epochs: int
+    lr: float
+    options: Mapping[str, Any]
+    results: Mapping[int, Mapping[str, Any]]
+
+    def values(self, figure: str, part: str = "test") -> list[float]:
+        """A figure of each seed, in the order of the seeds; empty where it has none."""
+        rows = [self.results[seed] for seed in sorted(self.results)]
+        if figure in SCORES:
+            rows = [row.get("auroc", {}) for row in rows]
+        elif figure == "calibrated":
+            rows = [{figure: row.get("calibrated", row["test"])["nll"]} for row in rows]
+        else:
+            rows = [row[part] for row in rows]
+        return [row[figure] for row in rows] if all(figure in row for row in rows) else []
+
+    @property
+    def val_nll(self) -> float:
+        """What settings are chosen by."""
+        return statistics.fmean(self.values("nll", "val"))
+
+    @property
+    def label(self) -> str:
+        """The options."""
+        default = "n 4, scale 2" if self.name == "masksembles" else ""
+        return ", ".join(f"{name} {value}" for name, value in self.options.items()) or default
+
+    @property
+    def text(self) -> str:
+        """All that was chosen."""
+        return ", ".join(filter(None, (f"{self.epochs} epochs", f"lr {self.lr:g}", self.label)))
+
+
+def settings_of(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """Those that can be compared, with the seeds that give the most of them: a seed may only have begun."""
+    found: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        for result in row["results"]:
+            key = (result["name"], row["epochs"], row["lr"], tuple(sorted(row["options"].items())))
+            found[key][row["seed"]] = result
+    counts = Counter(seed for results in found.values() for seed in results)
+    furthest = [seed for seed, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+    choices = [set(furthest[: k + 1]) for k in range(len(furthest))]
+    seeds = max(choices, key=lambda some: len(some) * sum(some <= results.keys() for results in found.values()))
+    return [
+        Setting(name, epochs, lr, dict(options), {seed: results[seed] for seed in seeds})
+        for (name, epochs, lr, options), results in found.items()
+        if seeds <= results.keys()
+    ]
+
+
+def best(settings: Iterable[Setting]) -> Setting:
+    """The setting with the lowest NLL on the validation part."""
+    return min(settings, key=lambda setting: setting.val_nll)
+
+
+def chosen(settings: Sequence[Setting]) -> dict[str, Setting]:
+    """By title the setting of each method; of Masksembles also of those that cost as much to train as the default."""
+    found: dict[str, list[Setting]] = {}
+    for name, title in TITLES.items():
+        mine = [setting for setting in settings if setting.name == name]
+        if name == "masksembles":
+            found[f"{title}, n=4, scale=2"] = [setting for setting in mine if setting.options == DEFAULT]
+            found[f"{title}, chosen"] = [setting for setting in mine if setting.options.keys() <= MASKS]
+        else:
+            found[title] = mine
+    return {title: best(some) for title, some in found.items() if some}
+
+
+def by_masks(settings: Sequence[Setting]) -> dict[str, Setting]:
+    """Of each set of options of Masksembles the setting that is trained as is best for it."""
+    groups: dict[str, list[Setting]] = defaultdict(list)
+    for setting in settings:
+        if setting.name == "masksembles":
+            groups[setting.label].append(setting)
+    return {label: best(some) for label, some in groups.items()}
+
+
+def relative_macs(setting: Setting, base_macs: int) -> dict[str, float]:
+    """By how it is computed, of the base model's; means over the seeds."""
+    rows = [result["macs"] for result in setting.results.values()]
+    return {name: statistics.fmean(row[name] for row in rows) / base_macs for name in rows[0]}
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
