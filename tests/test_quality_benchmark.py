@@ -270,7 +270,7 @@ class Here:
 
 def test_no_run_begins_too_late(script: ModuleType, methods: ModuleType, group: Any, tmp_path: Path) -> None:
     file = tmp_path / "quality.jsonl"
-    script.run_group([run_of(methods, "base")], file, sys.modules["quality_tasks"].PLACES, until=0.0)
+    script.run_group([run_of(methods, "base")], file, sys.modules["quality_tasks"].PLACES, 0.0, "cpu")
     assert not file.exists()
 
 

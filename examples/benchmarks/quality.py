@@ -27,7 +27,7 @@ from typing import Any
 
 import quality_tasks
 import torch
-from quality_group import Candidate, Group, Run, seeded
+from quality_group import Candidate, Group, Run
 from quality_methods import METHODS, fit_temperature
 from quality_plan import PROFILES, plan
 from quality_report import write_report
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = [list(runs) for _, runs in groupby(todo, key=lambda run: (run.task, run.seed))]
         until = time.time() + 60 * options.minutes if options.minutes else float("inf")
         print(f"{len(todo)} runs to do", flush=True)
-        jobs = [(runs, options.file, places, until) for runs in groups]
+        jobs = [(runs, options.file, places, until, options.device) for runs in groups]
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             for future in [pool.submit(run_group, *job) for job in jobs]:
                 future.result()
@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 to 4")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each with one thread")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--minutes", type=float, help="after which no run is begun")
     parser.add_argument("--fashion", type=Path, default=Places.fashion, metavar="DIR", help=f"({Places.fashion})")
     parser.add_argument("--digits", type=Path, default=Places.digits, metavar="DIR", help=f"({Places.digits})")
@@ -77,12 +78,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def run_group(runs: Sequence[Run], file: Path, places: Places, until: float) -> None:
+def run_group(runs: Sequence[Run], file: Path, places: Places, until: float, device: str) -> None:
     """The runs of one task and one seed, until it is too late to begin another."""
     torch.set_num_threads(1)
     logging.getLogger("masksurgery").setLevel(logging.ERROR)  # what is converted here is fine-tuned
     quality_tasks.PLACES = places
-    group, parent = Group(runs[0].task, runs[0].seed), multiprocessing.parent_process()
+    group, parent = Group(runs[0].task, runs[0].seed, device), multiprocessing.parent_process()
     for run in runs:
         if time.time() > until or (parent is not None and not parent.is_alive()):
             return
@@ -93,7 +94,7 @@ def carry_out(group: Group, run: Run) -> dict[str, Any]:
     """Train, evaluate, and say what came out; of a training that diverged, that it did."""
     start, failed = time.perf_counter(), None
     try:
-        with seeded(*run.key, "predict"):  # what dropout draws
+        with group.seeded(*run.key, "predict"):  # what dropout draws
             results = [evaluate(group, candidate) for candidate in METHODS[run.method](group, run)]
     except EvaluationError as error:
         results, failed = [], str(error)
@@ -102,8 +103,13 @@ def carry_out(group: Group, run: Run) -> dict[str, Any]:
         "task": run.task, "seed": run.seed, "method": run.method, "epochs": run.epochs, "lr": run.lr,
         "options": dict(run.options), "definition": group.task.definition, "failed": failed, "results": results,
         "seconds": round(time.perf_counter() - start, 1), "base_macs": group.base_macs,
-        "machine": describe_machine(Conditions(1))["cpu"], "versions": versions,
+        "machine": place_of(group.device), "versions": versions,
     }  # fmt: skip
+
+
+def place_of(device: torch.device) -> str:
+    found = describe_machine(Conditions(1, str(device)))
+    return found.get("gpu") or found["cpu"]
 
 
 @torch.inference_mode()

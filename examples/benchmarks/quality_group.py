@@ -83,16 +83,22 @@ class Candidate:
 
 
 class Group:
-    """The runs of one task and one seed, which share base models; what several of them need is trained once."""
+    """The runs of one task and one seed, which share base models; what several of them need is trained once.
 
-    def __init__(self, task: str, seed: int) -> None:
-        self.name, self.seed = task, seed
+    Args:
+        task: Its name.
+        seed: Of weights, batches and masks.
+        device: Where everything is done.
+    """
+
+    def __init__(self, task: str, seed: int, device: str = "cpu") -> None:
+        self.name, self.seed, self.device = task, seed, torch.device(device)
         self.task: Task = TASKS[task]
         self._kept: dict[tuple[Any, ...], Trained] = {}
 
     @cached_property
     def data(self) -> Data:
-        return self.task.data(self.seed)
+        return self.task.data(self.seed).to(self.device)
 
     @cached_property
     def corrupted(self) -> dict[tuple[str, int], Part]:
@@ -106,8 +112,8 @@ class Group:
         """A base model; those of other numbers have been trained independently, from other random weights."""
 
         def train() -> Trained:
-            with seeded(self.name, self.seed, "base", member):
-                model = self.task.model()
+            with self.seeded(self.name, self.seed, "base", member):
+                model = self.task.model().to(self.device)
                 seconds = self.fit(model, self.task.base_epochs, self.task.base_lr)
             return Trained(model, seconds, self.task.base_epochs)
 
@@ -118,7 +124,7 @@ class Group:
 
         def train() -> Trained:
             model = copy.deepcopy(self.base(start).network)
-            with seeded(self.name, self.seed, "tuned", start, order):
+            with self.seeded(self.name, self.seed, "tuned", start, order):
                 return Trained(model, self.fit(model, run.epochs, run.lr), run.epochs)
 
         return self._keep(("tuned", start, order, run.epochs, run.lr), train)
@@ -150,7 +156,7 @@ class Group:
         model.train()
         for epoch in range(epochs):
             begin(epoch)
-            order = torch.randperm(len(part))
+            order = torch.randperm(len(part)).to(self.device)
             for k in range(steps):
                 some = part.take(order[k * batch : (k + 1) * batch])
                 outputs = model(some.x)
@@ -197,15 +203,14 @@ class Group:
             self.base().network, n=n, scale=scale, seed=self.seed, example_inputs=example, **given
         )
 
+    @contextmanager
+    def seeded(self, *what: Any) -> Iterator[None]:
+        """Draw what is drawn inside from a seed made of these; outside nothing changes."""
+        with forked_random_state(self.device):
+            seed_global("quality", random.Random(repr(what)).getrandbits(62), device=self.device)
+            yield
+
     def _keep(self, key: tuple[Any, ...], train: Callable[[], Trained]) -> Trained:
         if key not in self._kept:
             self._kept[key] = train()
         return self._kept[key]
-
-
-@contextmanager
-def seeded(*what: Any) -> Iterator[None]:
-    """Draw what is drawn inside from a seed made of these; outside nothing changes."""
-    with forked_random_state():
-        seed_global("quality", random.Random(repr(what)).getrandbits(62))
-        yield

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import torch
 from inference_models import with_dropout
-from quality_group import Candidate, Group, Predict, Run, Trained, seeded
+from quality_group import Candidate, Group, Predict, Run, Trained
 from quality_recipes import Recipe, Shrinking, importance, put_core, single
 
 import masksurgery
@@ -43,7 +43,7 @@ def train_base(group: Group, run: Run) -> Iterator[Candidate]:
 
 def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
     """Dropout where the masks would stand (of whole channels in images), in training and in each pass."""
-    with seeded(*run.key):
+    with group.seeded(*run.key):
         model = with_dropout(group.convert(1, 2.0), run.options["p"])
         model.output = "prediction"
         seconds = group.fit(model, run.epochs, run.lr)
@@ -94,7 +94,7 @@ def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
         if epoch >= run.epochs - recipe.last:
             model.members_module.train_mode = "repeat"
 
-    with seeded(*run.key):
+    with group.seeded(*run.key):
         seconds = group.fit(model, run.epochs, run.lr, begin, recipe.teacher)
     x = group.data.test.x[:1]
     packed = masksurgery.pack(model, "unrolled", dense=False)

@@ -59,7 +59,7 @@ class Shrinking:
         self.model, self.epochs = model, epochs
         self.ranks: dict[str, Tensor] = {}
         for site in model.surgery.sites:
-            masks = layer_of(model, site.mask).masks.numpy()
+            masks = layer_of(model, site.mask).masks.cpu().numpy()
             order = np.argsort(rng.random(masks.shape) - masks, axis=1)  # the final mask's channels first
             self.ranks[site.mask] = torch.from_numpy(np.argsort(order, axis=1))
 
@@ -100,7 +100,7 @@ def importance(model: ConvertedModel, batches: Iterable[tuple[Tensor, Tensor]], 
         for (name, activation), gradient in zip(inputs.items(), gradients, strict=True):
             dim = layer_of(model, name).channel_dim % activation.dim()
             change = (activation * gradient).detach().movedim(dim, 0)  # of a sample: summed over its positions
-            found[name] += change.flatten(2).sum(2).abs().sum(1) if change.dim() > 2 else change.abs().sum(1)
+            found[name] += (change.flatten(2).sum(2) if change.dim() > 2 else change).abs().sum(1).cpu()
     return found
 
 

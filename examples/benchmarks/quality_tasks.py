@@ -6,7 +6,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class Part:
     def take(self, index: Any) -> Part:
         return Part(self.x[index], self.y[index])
 
+    def to(self, device: torch.device) -> Part:
+        return Part(self.x.to(device), self.y.to(device))
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As many samples as are predicted at a time."""
         return zip(self.x.split(BATCH), self.y.split(BATCH), strict=True)
@@ -61,6 +64,10 @@ class Data:
     unknown: Tensor | None = None
     mean: float | None = None
     std: float | None = None
+
+    def to(self, device: torch.device) -> Data:
+        parts = {name: getattr(self, name).to(device) for name in ("train", "val", "test")}
+        return replace(self, **parts, unknown=None if self.unknown is None else self.unknown.to(device))
 
     def corrupted(self) -> dict[tuple[str, int], Part]:
         """The first images of the test part, by kind and severity of what was done to them."""
