@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="short", choices=PROFILES, help="which runs (default: short)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 to 4")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 3 of them, full 5")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each with one thread")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--minutes", type=float, help="after which no run is begun")

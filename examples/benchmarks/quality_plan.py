@@ -10,7 +10,8 @@ from quality_tasks import TASKS
 
 PROFILES = ("short", "full")
 SHORT = ("lenet", "diabetes")
-"""The tasks of the short profile."""
+"""The tasks of the short profile, which has the longer budget alone."""
+SEEDS = {"short": range(3), "full": range(5)}
 DROPOUT = (0.1, 0.25, 0.5)
 SINGLE: tuple[dict[str, Any], ...] = ({"scale": 1.5}, {"scale": 3.0}, {"n": 2}, {"n": 8}, {"rescale": False})
 """What is changed of n=4, scale 2, one thing at a time, beside sites and train mode."""
@@ -21,10 +22,11 @@ RECIPES: tuple[dict[str, Any], ...] = (
 """Other ways to fine-tune, one at a time and together; classifications only, for there is a teacher."""
 
 
-def plan(profile: str, tasks: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
-    """The runs, those of one task and one seed together."""
+def plan(profile: str, tasks: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
+    """The runs, those of one task and one seed together; None: the tasks and the seeds of the profile."""
     chosen = tasks or (SHORT if profile == "short" else tuple(TASKS))
-    return [Run(task, seed, *rest) for task in chosen for seed in seeds for rest in _of_task(task, profile)]
+    some = SEEDS[profile] if seeds is None else seeds
+    return [Run(task, seed, *rest) for task in chosen for seed in some for rest in _of_task(task, profile)]
 
 
 def _of_task(name: str, profile: str) -> Iterator[tuple[str, int, float, dict[str, Any]]]:
@@ -44,7 +46,7 @@ def _of_task(name: str, profile: str) -> Iterator[tuple[str, int, float, dict[st
         methods += [("masksembles", {"train_mode": "repeat"})]
         if task.kind == "classification":
             methods += [("masksembles", options) for options in RECIPES]
-    for epochs in reversed(task.epochs):
+    for epochs in task.epochs[1:] if short else reversed(task.epochs):
         for lr in task.lrs:
             for method, options in methods:
                 yield method, epochs, lr, options
