@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def plot_masks(found: Found, file: Path) -> None:
                 mean = statistics.fmean(values)
                 axes.errorbar(at, mean, None if math.isnan(error) else error, fmt="o", color="C0", capsize=3)
                 axes.annotate(label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-            _dress(axes, title, "validation NLL (lower is better)")
+            _dress(axes, title, "validation NLL (lower is better)", (0.5, 1, 2, 4))
 
 
 @contextmanager
@@ -70,9 +70,9 @@ def _grid(panels: int, file: Path) -> Iterator[tuple[Any, list[Any]]]:
     plt.close(figure)
 
 
-def _dress(axes: Any, title: str, label: str) -> None:
+def _dress(axes: Any, title: str, label: str, ticks: Sequence[float] = (1, 2, 4, 8, 30)) -> None:
     axes.set_xscale("log")
-    axes.set_xticks([1, 2, 4, 8, 30], ["1", "2", "4", "8", "30"])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("multiply-adds of a prediction, the base model as 1")
     axes.set_ylabel(label)
