@@ -27,15 +27,18 @@ FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("imag
 EXAMPLES = Path(__file__).parents[1]
 
 
+def read_file(source: Path, name: str) -> bytes:
+    """What one of the files holds, whether it is packed or not."""
+    packed = source / f"{name}.gz"
+    return gzip.decompress(packed.read_bytes()) if packed.exists() else (source / name).read_bytes()
+
+
 def unpack(source: Path, root: Path) -> None:
     """Put the files where torchvision looks for them."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in FILES:
-        packed = source / f"{name}.gz"
-        (raw / name).write_bytes(
-            gzip.decompress(packed.read_bytes()) if packed.exists() else (source / name).read_bytes()
-        )
+        (raw / name).write_bytes(read_file(source, name))
 
 
 def save_photo(root: Path, file: Path) -> None:

@@ -25,6 +25,8 @@ from masksurgery.prediction import Head, Prediction
 from masksurgery.variants import Conditions, Variant, fill_weights
 
 N, SCALE = 4, 2.0
+HIDDEN = 1 - 1 / (SCALE * (1 - (1 - 1 / SCALE) ** N))
+"""Share of the channels that a mask hides."""
 TITLES = {
     "base": "base model",
     "folded": "base model, BatchNorm folded",
@@ -187,7 +189,7 @@ def with_reference_layers(model: ConvertedModel) -> nn.Module:
     return repeated
 
 
-def with_dropout(model: ConvertedModel, share: float = 1 - 1 / (SCALE * (1 - (1 - 1 / SCALE) ** N))) -> ConvertedModel:
+def with_dropout(model: ConvertedModel, share: float = HIDDEN) -> ConvertedModel:
     """A model of one member, with dropout of this share in the place of its masks."""
     for site in model.surgery.sites:
         setattr(model, site.mask, AlwaysDropout(model.get_submodule(site.mask), share))

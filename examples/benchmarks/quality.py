@@ -29,7 +29,7 @@ import quality_tasks
 import torch
 from quality_group import Candidate, Group, Run
 from quality_methods import METHODS, fit_temperature
-from quality_plan import PROFILES, plan
+from quality_plan import SEEDS, plan
 from quality_report import write_report
 from quality_tasks import BATCH, TASKS, Part, Places
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="short", choices=PROFILES, help="which runs (default: short)")
+    parser.add_argument("--profile", default="short", choices=SEEDS, help="which runs (default: short)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 3 of them, full 5")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each with one thread")

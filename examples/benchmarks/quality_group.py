@@ -108,6 +108,15 @@ class Group:
     def base_macs(self) -> int:
         return count_macs(self.base().network, (self.data.test.x[:1],))
 
+    @cached_property
+    def repeated_macs(self) -> int:
+        """Of these what is behind the first place of a mask: what another member, or another pass, costs."""
+        return count_macs(self.convert(2, 2.0), (self.data.test.x[:1],)) - self.base_macs
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(self.task.kind, choose_loss(self.task.kind, self.task.kind == "regression"))
+
     def base(self, member: int = 0) -> Trained:
         """A base model; those of other numbers have been trained independently, from other random weights."""
 
@@ -175,8 +184,7 @@ class Group:
     def loss(self, outputs: Any, y: Tensor) -> Tensor:
         """Of outputs for the samples of y, or for all members [n*b, ...]; y may hold shares of the classes."""
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
-        objective = Objective(self.task.kind, choose_loss(self.task.kind, self.task.kind == "regression"))
-        return objective(outputs, masksurgery.repeat_targets(y, len(first) // len(y)))
+        return self.objective(outputs, masksurgery.repeat_targets(y, len(first) // len(y)))
 
     @torch.no_grad()
     def answer(self, x: Tensor) -> Tensor:

@@ -47,10 +47,8 @@ def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
         model = with_dropout(group.convert(1, 2.0), run.options["p"])
         model.output = "prediction"
         seconds = group.fit(model, run.epochs, run.lr)
-    converted = count_macs(group.convert(MEMBERS, 2.0), (group.data.test.x[:1],))
-    again = (converted - group.base_macs) // (MEMBERS - 1)  # a pass repeats what is behind the first dropout
     for passes in PASSES:
-        macs = {"passes": group.base_macs + (passes - 1) * again}
+        macs = {"passes": group.base_macs + (passes - 1) * group.repeated_macs}
         predict, head = group.mixture([lambda x: single(model(x))] * passes)
         yield Candidate(f"dropout{passes}", passes, predict, head, seconds, run.epochs, macs)
 

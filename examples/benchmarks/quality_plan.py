@@ -8,10 +8,10 @@ from typing import Any
 from quality_group import Run
 from quality_tasks import TASKS
 
-PROFILES = ("short", "full")
 SHORT = ("lenet", "diabetes")
 """The tasks of the short profile, which has the longer budget alone."""
 SEEDS = {"short": range(3), "full": range(5)}
+"""By profile."""
 DROPOUT = (0.1, 0.25, 0.5)
 SINGLE: tuple[dict[str, Any], ...] = ({"scale": 1.5}, {"scale": 3.0}, {"n": 2}, {"n": 8}, {"rescale": False})
 """What is changed of n=4, scale 2, one thing at a time, beside sites and train mode."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quality_settings import Setting, relative_macs, standard_error
+from quality_settings import Setting, prediction_macs, relative_macs, standard_error
 
 Found = Mapping[str, tuple[int, Mapping[str, Setting]]]
 """By the title of a task the base model's MACs, and settings by what they are called."""
@@ -27,11 +27,8 @@ def plot_methods(found: Found, file: Path) -> None:
     with _grid(len(panels), file) as (figure, grid):
         for axes, (title, base_macs, settings, what) in zip(grid, panels, strict=False):
             for k, (name, setting) in enumerate(settings.items()):
-                mean, error = statistics.fmean(setting.values(what)), standard_error(setting.values(what))
+                mean = _point(axes, prediction_macs(setting, base_macs), setting.values(what), f"C{k}", name)
                 macs = relative_macs(setting, base_macs)
-                at = macs.get("packed", next(iter(macs.values())))
-                bar = None if math.isnan(error) else error
-                axes.errorbar(at, mean, bar, fmt="o", color=f"C{k}", capsize=3, label=name)
                 if "packed" in macs:
                     axes.plot(macs["converted"], mean, "o", color=f"C{k}", fillstyle="none")
             _dress(axes, title, LABELS[what])
@@ -45,12 +42,17 @@ def plot_masks(found: Found, file: Path) -> None:
     with _grid(len(found), file) as (_, grid):
         for axes, (title, (base_macs, settings)) in zip(grid, found.items(), strict=False):
             for label, setting in settings.items():
-                at, values = relative_macs(setting, base_macs)["packed"], setting.values("nll", "val")
-                error = standard_error(values)
-                mean = statistics.fmean(values)
-                axes.errorbar(at, mean, None if math.isnan(error) else error, fmt="o", color="C0", capsize=3)
+                at = prediction_macs(setting, base_macs)
+                mean = _point(axes, at, setting.values("nll", "val"), "C0")
                 axes.annotate(label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
             _dress(axes, title, "validation NLL (lower is better)", (0.5, 1, 2, 4))
+
+
+def _point(axes: Any, at: float, values: Sequence[float], color: str, label: str | None = None) -> float:
+    """Draw the mean of the seeds with its standard error, if there is one; returns the mean."""
+    mean, error = statistics.fmean(values), standard_error(values)
+    axes.errorbar(at, mean, None if math.isnan(error) else error, fmt="o", color=color, capsize=3, label=label)
+    return mean
 
 
 @contextmanager

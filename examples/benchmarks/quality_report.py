@@ -10,7 +10,17 @@ from typing import Any
 
 from inference import markdown
 from quality_plots import plot_masks, plot_methods
-from quality_settings import SCORES, TITLES, Setting, by_masks, chosen, relative_macs, settings_of, standard_error
+from quality_settings import (
+    SCORES,
+    TITLES,
+    Setting,
+    by_masks,
+    chosen,
+    prediction_macs,
+    relative_macs,
+    settings_of,
+    standard_error,
+)
 from quality_tasks import TASKS
 
 CLASSES = {
@@ -95,16 +105,8 @@ def variations(settings: Sequence[Setting], base_macs: int) -> str:
         shown = [one.values("nll", "val"), *(one.values(figure) for figure in ("nll", "calibrated", *named))]
         trained = f"{one.epochs} epochs, lr {one.lr:g}"
         lines.append([label, *map(mean_and_error, shown), macs_cell(one, base_macs), trained])
-    head = [
-        "Masksembles",
-        "validation NLL",
-        "NLL",
-        "at its temperature",
-        *(CLASSES[score] for score in named),
-        "MACs",
-        "settings",
-    ]
-    return markdown(head, lines) if len(lines) > 1 else ""
+    figures = ["validation NLL", "NLL", "at its temperature", *(CLASSES[score] for score in named)]
+    return markdown(["Masksembles", *figures, "MACs", "settings"], lines) if len(lines) > 1 else ""
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -114,10 +116,8 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def macs_cell(setting: Setting, base_macs: int) -> str:
-    macs = relative_macs(setting, base_macs)
-    if "packed" in macs:
-        return f"{macs['packed']:.2f} ({macs['converted']:.2f})"
-    return f"{next(iter(macs.values())):.0f}"
+    at, macs = prediction_macs(setting, base_macs), relative_macs(setting, base_macs)
+    return f"{at:.2f} ({macs['converted']:.2f})" if "packed" in macs else f"{at:.0f}"
 
 
 def shares(settings: Mapping[str, Setting], base_macs: int) -> str:
@@ -127,12 +127,11 @@ def shares(settings: Mapping[str, Setting], base_macs: int) -> str:
         return ""
     figures = {name: title for name, title in GAINS.items() if base.values(name)}
     lines = [["gain of the deep ensemble", *(_gain(ensemble, base, name) for name in figures), ""]]
-    whole = relative_macs(ensemble, base_macs)["members"]
+    whole = prediction_macs(ensemble, base_macs)
     for title, setting in settings.items():
         if setting not in (base, ensemble):
-            macs = relative_macs(setting, base_macs)
             kept = [_share(setting, ensemble, base, name) for name in figures]
-            lines.append([title, *kept, f"{macs.get('packed', next(iter(macs.values()))) / whole:.2f}"])
+            lines.append([title, *kept, f"{prediction_macs(setting, base_macs) / whole:.2f}"])
     return markdown(["share of the gain", *figures.values(), "share of the MACs"], lines)
 
 

@@ -121,6 +121,12 @@ def relative_macs(setting: Setting, base_macs: int) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) / base_macs for name in rows[0]}
 
 
+def prediction_macs(setting: Setting, base_macs: int) -> float:
+    """Of the base model's: of Masksembles packed."""
+    macs = relative_macs(setting, base_macs)
+    return macs.get("packed", next(iter(macs.values())))
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; NaN for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

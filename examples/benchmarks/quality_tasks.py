@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from finetune_lite0 import read_file
 from torch import Tensor, nn
 
 from masksurgery.corruptions import KINDS, SEVERITIES, corrupt
@@ -21,6 +21,7 @@ from masksurgery.types import Task as Kind
 
 IDX_HEADER = {"images": 16, "labels": 8}
 BATCH = 500
+"""Samples that are predicted at a time."""
 CORRUPTED = 250
 """Images of the test part that are corrupted, by each kind and severity."""
 
@@ -138,13 +139,14 @@ PLACES = Places()
 
 def read_fashion(part: str, kind: str) -> np.ndarray:
     """The bytes of one of the four files without its header, uint8; `part` is "train" or "t10k"."""
-    file = PLACES.fashion / f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
-    packed = file.with_name(f"{file.name}.gz")
-    if not file.exists() and not packed.exists():
+    name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    try:
+        content = read_file(PLACES.fashion, name)
+    except FileNotFoundError as error:
         sys.exit(
-            f"{packed} is missing. Debian has it: apt-get install dataset-fashion-mnist, or say where: --fashion DIR."
+            f"{error.filename} is missing. Debian has it, packed: apt-get install dataset-fashion-mnist, or say where: "
+            f"--fashion DIR."
         )
-    content = file.read_bytes() if file.exists() else gzip.decompress(packed.read_bytes())
     return np.frombuffer(content, np.uint8, offset=IDX_HEADER[kind])
 
 
