@@ -47,6 +47,11 @@ def report(script: ModuleType) -> ModuleType:
 
 
 @pytest.fixture
+def planned(script: ModuleType) -> ModuleType:
+    return sys.modules["quality_plan"]
+
+
+@pytest.fixture
 def group(script: ModuleType, methods: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     tasks = sys.modules["quality_tasks"].TASKS
     monkeypatch.setitem(tasks, "diabetes", replace(tasks["diabetes"], base_epochs=2, epochs=(1, 2)))
@@ -192,6 +197,33 @@ def test_recipes_reach_the_training(methods: ModuleType, group: Any) -> None:
     assert not torch.equal(grown.get_parameter("body.0.weight"), plain.predict.get_parameter("body.0.weight"))
 
 
+def test_a_member_alone_is_the_member_until_its_statistics_are_its_own(
+    methods: ModuleType, script: ModuleType, recipes: ModuleType
+) -> None:
+    module = sys.modules["quality_group"]
+    group = module.Group("resnet", 0)
+    x = torch.randn(16, 1, 28, 28)
+    base = group.task.model()
+    group._kept["base", 0] = module.Trained(base)
+    group.data = sys.modules["quality_tasks"].Data(*[sys.modules["quality_tasks"].Part(x, torch.zeros(16))] * 3)
+    model = group.convert(4, 2.0)
+    masksurgery.recalibrate(model, [x])
+    model.eval()
+    with torch.no_grad():
+        expected = model(x).members.log_softmax(2)
+        whole = group.convert(1, 2.0).eval()
+        for i in range(4):
+            found = recipes.single(recipes.alone(model, i, whole)(x))
+            assert torch.allclose(found, expected[:, i], atol=1e-5)
+        predict, _ = methods._with_own_statistics(group, model)
+        own = predict(x).members
+        assert own.shape == expected.shape and not torch.allclose(own, expected, atol=1e-2)
+        assert torch.allclose(model(x).members.log_softmax(2), expected)
+        lone = recipes.alone(model, 3, whole)
+        masksurgery.recalibrate(lone, [x])
+        assert torch.allclose(own[:, 3], recipes.single(lone.eval()(x)), atol=1e-5)
+
+
 def test_a_teacher_is_the_base_model(methods: ModuleType, script: ModuleType) -> None:
     module = sys.modules["quality_group"]
     group = module.Group("lenet", 0)
@@ -205,16 +237,16 @@ def test_a_teacher_is_the_base_model(methods: ModuleType, script: ModuleType) ->
 
 
 def test_a_run_that_diverges_is_noted(
-    script: ModuleType, methods: ModuleType, group: Any, report: ModuleType, tmp_path: Path
+    script: ModuleType, planned: ModuleType, methods: ModuleType, group: Any, report: ModuleType, tmp_path: Path
 ) -> None:
     run = replace(run_of(methods, "base"), lr=1e30)
     row = script.carry_out(group, run)
     assert row["results"] == [] and "diverged" in row["failed"]
     script.append(tmp_path / "quality.jsonl", row)
     found = script.read(tmp_path / "quality.jsonl")
-    assert [script.run_of(row).key for row in found] == [run.key]
+    assert [planned.run_of(row).key for row in found] == [run.key]
     report.write_report(found, tmp_path)
-    assert "diabetes" not in (tmp_path / "quality.md").read_text().split("\n\n", 3)[-1]
+    assert "\n## " not in (tmp_path / "quality.md").read_text()
 
 
 def test_runs_of_another_definition_are_left_out(script: ModuleType, group: Any, tmp_path: Path) -> None:
@@ -230,24 +262,30 @@ def test_runs_of_another_definition_are_left_out(script: ModuleType, group: Any,
 
 @pytest.mark.slow
 def test_what_is_there_is_not_done_again(
-    script: ModuleType, group: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    planned: ModuleType,
+    group: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "quality.jsonl"
     monkeypatch.setattr(script, "ProcessPoolExecutor", Here)
     arguments = ["--tasks", "diabetes", "--seeds", "0", "--file", str(file), "--jobs", "1"]
     assert script.main(arguments) == 0
     lines = file.read_text().splitlines()
-    assert capsys.readouterr().out.startswith(f"{len(lines)} runs to do") and len(lines) == 16
-    assert len({script.run_of(json.loads(line)).key for line in lines}) == len(lines)
+    # Three seeds are swept at two rates; of seed 0 alone two scales and the head follow.
+    assert capsys.readouterr().out == "30 runs to do\n3 runs to do\n" and len(lines) == 33
+    assert len({planned.run_of(json.loads(line)).key for line in lines}) == len(lines)
     text = (tmp_path / "quality.md").read_text()
     assert (
-        "## MLP on scikit-learn's diabetes\n\n1 seeds." in text and (tmp_path / "quality.png").stat().st_size > 10_000
+        "## MLP on scikit-learn's diabetes\n\n3 seeds." in text and (tmp_path / "quality.png").stat().st_size > 10_000
     )
     assert script.main(arguments) == 0
-    assert capsys.readouterr().out.startswith("0 runs to do") and file.read_text().splitlines() == lines
+    assert capsys.readouterr().out == "0 runs to do\n" * 2 and file.read_text().splitlines() == lines
     file.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # as a machine that was switched off leaves it
     assert script.main(arguments) == 0
-    assert capsys.readouterr().out.startswith("1 runs to do")
+    assert capsys.readouterr().out == "0 runs to do\n1 runs to do\n"
     assert len(script.read(file)) == len(lines)
 
 
@@ -275,15 +313,38 @@ def test_no_run_begins_too_late(script: ModuleType, methods: ModuleType, group: 
 
 
 @pytest.mark.parametrize("profile", ["short", "full"])
-def test_every_method_tries_the_same_budgets_and_rates(script: ModuleType, profile: str) -> None:
-    runs = script.plan(profile, None, None)
-    assert {run.seed for run in runs} == set(range(5 if profile == "full" else 3))
+@pytest.mark.parametrize("task", ["lenet", "diabetes"])
+def test_every_method_tries_the_same_budgets_and_rates(planned: ModuleType, task: str, profile: str) -> None:
+    runs = planned.sweep(task, profile)
+    assert {run.seed for run in runs} == set(range(1 if task == "lenet" else 5 if profile == "full" else 3))
     assert len({run.key for run in runs}) == len(runs)
-    for task in {run.task for run in runs}:
-        tried = [
-            {(run.epochs, run.lr) for run in runs if (run.task, run.method) == (task, method)} for method in METHODS
-        ]
-        assert all(pairs == tried[0] and len(pairs) == (4 if profile == "full" else 2) for pairs in tried)
+    tried = [{(run.epochs, run.lr) for run in runs if run.method == method} for method in METHODS]
+    assert all(pairs == tried[0] and len(pairs) == (4 if profile == "full" else 2) for pairs in tried)
+
+
+def test_all_seeds_have_what_was_best_in_the_sweep(script: ModuleType, planned: ModuleType) -> None:
+    found = []
+    for run in planned.sweep("lenet", "full"):
+        names = {"base": ["base", "temperature"], "dropout": ["dropout4", "dropout30"]}.get(run.method, [run.method])
+        # A temperature is best after the long budget, dropout at the high rate, all else at the low one.
+        best = {"temperature": (20, 1e-3), "dropout4": (5, 3e-3), "dropout30": (5, 3e-3)}
+        nll = {name: float((run.epochs, run.lr) != best.get(name, (5, 1e-3))) for name in names}
+        row = {name: getattr(run, name) for name in ("task", "seed", "method", "epochs", "lr", "options")}
+        found.append({**row, "results": [{"name": name, "val": {"nll": nll[name]}} for name in names]})
+    found.append({**found[0], "seed": 1, "results": [{"name": "base", "val": {"nll": -1.0}}]})  # none of the sweep
+    groups = planned.rest("lenet", "full", (0, 3), found)
+    assert [{run.seed for run in group} for group in groups] == [{0}, {3}, {0}, {3}]
+    main, more = groups[1], groups[3]
+    assert [(run.method, run.epochs, run.lr) for run in main] == [
+        ("base", 5, 1e-3), ("base", 20, 1e-3), ("masksembles", 5, 1e-3), ("ensemble", 5, 1e-3),
+        ("tuned ensemble", 5, 1e-3), ("dropout", 5, 3e-3),
+    ]  # fmt: skip
+    assert all((run.epochs, run.lr) == (5, 3e-3 if run.method == "dropout" else 1e-3) for run in more)
+    tried = [run.options for run in more if run.method == "masksembles"]
+    assert {"n": 8} in tried and {"sites": "head"} in tried and {"train_mode": "repeat"} in tried
+    assert {"teacher": 0.5} in tried and len({run.key for run in main + more}) == len(main + more)
+    begun = [row for row in found if row["method"] == "base"]
+    assert {run.method for run in itertools.chain(*planned.rest("lenet", "full", (0,), begun))} == {"base"}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -337,6 +398,18 @@ def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report
     assert masks["scale 3.0"][0] == "0.440 ± 0.000"
 
 
+def test_the_sweep_is_told(report: ModuleType, tmp_path: Path) -> None:
+    found = []
+    for seed, worse in ((0, 0.0), (1, 0.1)):  # of these only the first was swept
+        for epochs, lr, val in ((5, 1e-3, 0.6), (20, 1e-3, 0.5), (20, 3e-3, 0.7)):
+            row = rows([result("base", val + worse, 0.5)], lr=lr, seed=seed)
+            found.append({**row, "method": "base", "epochs": epochs})
+    report.write_report(found, tmp_path)
+    text = (tmp_path / "quality.md").read_text()
+    assert "| validation NLL in the sweep | 5 epochs, lr 0.001 | 20 epochs, lr 0.001 | 20 epochs, lr 0.003 |" in text
+    assert lines_of(text)["base model"] == ["0.600", "0.500", "0.700"]
+
+
 def test_what_costs_more_to_train_is_not_chosen(report: ModuleType) -> None:
     settings = sys.modules["quality_settings"]
     found = [
@@ -359,7 +432,8 @@ def test_a_seed_that_has_only_begun_is_left_out(report: ModuleType) -> None:
 def test_one_seed_has_no_standard_error(report: ModuleType, tmp_path: Path) -> None:
     report.write_report([rows([result("base", 0.5, 0.4)]), rows([result("ensemble", 0.4, 0.3, members=400)])], tmp_path)
     text = (tmp_path / "quality.md").read_text()
-    assert "0.400 ± nan" in text and "0.100 ± nan" in text
+    assert lines_of(text)["base model"] == ["0.800", "1.200"] and "One seed." in text and "±" not in text.split("##")[1]
+    assert "| gain of the deep ensemble | 0.100 |" in text
     assert math.isnan(report.standard_error([1.0]))
 
 

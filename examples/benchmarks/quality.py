@@ -6,8 +6,9 @@
     python examples/benchmarks/quality.py --report
 
 Each run is one training from a base model, and adds a line to quality.jsonl; runs that are there already are not done
-again, so it can be stopped, resumed, and spread over machines (whose lines are put together with `cat`). The settings
-of each method are then chosen by the NLL on the validation part; the test part is only reported.
+again, so it can be stopped, resumed, and spread over machines (whose lines are put together with `cat`). First each
+method's epochs and learning rate are swept on one seed; then all seeds are run with those that have the lowest NLL on
+the validation part. The test part is only reported.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import quality_tasks
 import torch
-from quality_group import Candidate, Group, Run
-from quality_methods import METHODS, fit_temperature
-from quality_plan import SEEDS, plan
+from quality_group import Candidate, Group, Predicted, Run
+from quality_methods import METHODS, at_temperature, fit_temperature, predict_part
+from quality_plan import SEEDS, SHORT, rest, run_of, sweep
 from quality_report import write_report
-from quality_tasks import BATCH, TASKS, Part, Places
+from quality_tasks import BATCH, TASKS, Places
 
 from masksurgery.bench import describe_machine
 from masksurgery.metrics import RankedScores, Suite, detect
@@ -46,16 +47,7 @@ OUTPUTS = {"classification": 10, "regression": 1}
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not options.report:
-        places = Places(options.fashion, options.digits)
-        done = {run_of(row).key for row in read(options.file)}
-        todo = [run for run in plan(options.profile, options.tasks, options.seeds) if run.key not in done]
-        groups = [list(runs) for _, runs in groupby(todo, key=lambda run: (run.task, run.seed))]
-        until = time.time() + 60 * options.minutes if options.minutes else float("inf")
-        print(f"{len(todo)} runs to do", flush=True)
-        jobs = [(runs, options.file, places, until, options.device) for runs in groups]
-        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            for future in [pool.submit(run_group, *job) for job in jobs]:
-                future.result()
+        run_all(options)
     write_report(read(options.file), options.file.parent)
     return 0
 
@@ -76,6 +68,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """What is missing: of each task the sweep, and as soon as that is there the rest."""
+    places = Places(options.fashion, options.digits)
+    until = time.time() + 60 * options.minutes if options.minutes else float("inf")
+    seeds = SEEDS[options.profile] if options.seeds is None else options.seeds
+    tasks = options.tasks or (SHORT if options.profile == "short" else TASKS)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+
+        def submit(groups: Iterable[Sequence[Run]]) -> list[Future[None]]:
+            done = {run_of(row).key for row in read(options.file)}
+            missing = [[run for run in group if run.key not in done] for group in groups]
+            some = [group for group in missing if group]
+            print(f"{sum(map(len, some))} runs to do", flush=True)
+            return [pool.submit(run_group, group, options.file, places, until, options.device) for group in some]
+
+        sweeps = {task: submit(by_seed(sweep(task, options.profile))) for task in tasks}
+        others: list[Future[None]] = []
+        for task, futures in sweeps.items():
+            for future in futures:
+                future.result()
+            others += submit(rest(task, options.profile, seeds, read(options.file)))
+        for future in others:
+            future.result()
+
+
+def by_seed(runs: Iterable[Run]) -> list[list[Run]]:
+    return [list(some) for _, some in groupby(runs, key=lambda run: run.seed)]
 
 
 def run_group(runs: Sequence[Run], file: Path, places: Places, until: float, device: str) -> None:
@@ -119,38 +140,42 @@ def evaluate(group: Group, candidate: Candidate) -> dict[str, Any]:
     "calibrated" are those of the test part with a temperature that is fitted to the validation part, as Ashukha et al.
     2020 (arXiv:2002.06470) ask for: else a method may win for what any other could have, too.
     """
-    data = group.data
-    val, test = measure(group, candidate, data.val), measure(group, candidate, data.test)
+    data, kind = group.data, group.task.kind
+    val, test = predict_part(candidate.predict, data.val), predict_part(candidate.predict, data.test)
+    tested = measure(group, candidate, test, detail=True)
     found: dict[str, Any] = {
         "name": candidate.name, "n": candidate.n, "train_seconds": round(candidate.seconds, 1),
         "train_epochs": candidate.epochs, "macs": dict(candidate.macs),
         "temperature": candidate.head.temperature,
-        "val": val.compute().figures, "test": test.compute().figures,
+        "val": measure(group, candidate, val, detail=True).compute().figures, "test": tested.compute().figures,
     }  # fmt: skip
     if data.unknown is not None:
-        unknown = RankedScores(group.task.kind, n=candidate.n)
+        unknown = RankedScores(kind, n=candidate.n)
         for x in data.unknown.split(BATCH):
             unknown.update(candidate.predict(x))  # type: ignore[arg-type]
         unknown.compute()
-        found["auroc"] = {score: row["auroc"] for score, row in detect(test.ranked, unknown).items()}
+        found["auroc"] = {score: row["auroc"] for score, row in detect(tested.ranked, unknown).items()}
     rows: dict[int, list[Mapping[str, float]]] = {}
     for (_, severity), part in group.corrupted.items():
-        rows.setdefault(severity, []).append(measure(group, candidate, part, detail=False).compute().figures)
+        rows.setdefault(severity, []).append(
+            measure(group, candidate, predict_part(candidate.predict, part)).compute().figures
+        )
     found["corrupted"] = {
         severity: {name: sum(row[name] for row in some) / len(some) for name in ("accuracy", "nll", "ece")}
         for severity, some in rows.items()
     }
     if candidate.head.temperature == 1:
-        candidate.head.temperature = fit_temperature(group, candidate.predict)
-        found["calibrated"] = measure(group, candidate, data.test, detail=False).compute().figures
+        temperature = fit_temperature(kind, val)
+        other = [(at_temperature(p, kind, temperature), y) for p, y in test]
+        found["calibrated"] = measure(group, candidate, other).compute().figures
     return found
 
 
-def measure(group: Group, candidate: Candidate, part: Part, detail: bool = True) -> Suite:
+def measure(group: Group, candidate: Candidate, predicted: Predicted, detail: bool = False) -> Suite:
     kind = group.task.kind
     suite = Suite(kind, n=candidate.n, outputs=OUTPUTS[kind], detail=detail, heteroscedastic=kind == "regression")
-    for x, y in part.batches():
-        suite.update(candidate.predict(x), y)
+    for p, y in predicted:
+        suite.update(p, y)
     return suite
 
 
@@ -182,10 +207,6 @@ def read(file: Path) -> list[dict[str, Any]]:
         if row["definition"] == TASKS[row["task"]].definition:
             rows[run_of(row).key] = row
     return list(rows.values())
-
-
-def run_of(row: Mapping[str, Any]) -> Run:
-    return Run(*(row[name] for name in ("task", "seed", "method", "epochs", "lr", "options")))
 
 
 if __name__ == "__main__":

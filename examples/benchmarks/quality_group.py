@@ -26,6 +26,8 @@ from masksurgery.randomness import forked_random_state, seed_global
 from masksurgery.training_config import FinetuneConfig
 
 Predict = Callable[[Tensor], Prediction | RegressionPrediction]
+Predicted = Sequence[tuple[Prediction | RegressionPrediction, Tensor]]
+"""Predictions of batches, and the truth."""
 
 
 @dataclass(frozen=True)

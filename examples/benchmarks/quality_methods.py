@@ -8,24 +8,43 @@ from itertools import islice
 import numpy as np
 import torch
 from inference_models import with_dropout
-from quality_group import Candidate, Group, Predict, Run, Trained
-from quality_recipes import Recipe, Shrinking, importance, put_core, single
+from quality_group import Candidate, Group, Predict, Predicted, Run, Trained
+from quality_recipes import Recipe, Shrinking, alone, importance, put_core, single
+from quality_tasks import BATCH, Part
+from torch import nn
 
 import masksurgery
 from masksurgery.calibration import TemperatureFit
 from masksurgery.macs import count_macs
+from masksurgery.model import ConvertedModel
+from masksurgery.prediction import Head, Prediction, RegressionPrediction, classification
+from masksurgery.types import Task
 
 MEMBERS = 4
 PASSES = (4, 30)
 
 
 @torch.inference_mode()
-def fit_temperature(group: Group, predict: Predict) -> float:
-    """What makes the NLL of the validation part smallest."""
-    fit = TemperatureFit(group.task.kind)
-    for x, y in group.data.val.batches():
-        fit.update(predict(x), y)
+def predict_part(predict: Predict, part: Part) -> Predicted:
+    """Predictions, with the truth."""
+    return [(predict(x), y) for x, y in part.batches()]
+
+
+def fit_temperature(kind: Task, predicted: Predicted) -> float:
+    """What makes the NLL of these smallest."""
+    fit = TemperatureFit(kind)
+    for p, y in predicted:
+        fit.update(p, y)
     return fit.compute_temperature()
+
+
+def at_temperature(
+    p: Prediction | RegressionPrediction, kind: Task, temperature: float
+) -> Prediction | RegressionPrediction:
+    """The same prediction, made at temperature 1, at another one; see `Head.temperature`."""
+    if isinstance(p, RegressionPrediction):
+        return p._replace(variance=p.variance * temperature**2)
+    return classification(p.members, 2, kind, temperature)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -37,7 +56,7 @@ def train_base(group: Group, run: Run) -> Iterator[Candidate]:
     for name in ("base", "temperature"):
         predict, head = group.mixture([trained.network])
         if name == "temperature":
-            head.temperature = fit_temperature(group, predict)
+            head.temperature = fit_temperature(group.task.kind, predict_part(predict, group.data.val))
         yield Candidate(name, 1, predict, head, trained.seconds, trained.epochs, {"base": group.base_macs})
 
 
@@ -100,6 +119,18 @@ def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
     repeated = run.epochs if options.get("train_mode") == "repeat" else recipe.last
     epochs = run.epochs + repeated * (n - 1)
     yield Candidate("masksembles", n, model, model.head_module, seconds, epochs, macs)
+    if not run.options and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        yield Candidate("own statistics", n, *_with_own_statistics(group, model), seconds, epochs, macs)
+
+
+def _with_own_statistics(group: Group, model: ConvertedModel) -> tuple[Predict, Head]:
+    """Its members, each with BatchNorm statistics of its own: packed they cost the same."""
+    networks = []
+    for i in range(model.surgery.n):
+        member = alone(model, i, group.convert(1, model.surgery.scale)).eval()
+        masksurgery.recalibrate(member, group.data.train.x.split(BATCH))
+        networks.append(member)
+    return group.mixture([lambda x, member=member: single(member(x)) for member in networks])
 
 
 METHODS: dict[str, Callable[[Group, Run], Iterator[Candidate]]] = {

@@ -77,6 +77,26 @@ def layer_of(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
 
+# --- members with statistics of their own ----------------------------------------------------------------------------
+
+
+def alone(model: ConvertedModel, member: int, whole: ConvertedModel) -> ConvertedModel:
+    """One member as a network of its own, whose BatchNorm statistics can be its own.
+
+    Args:
+        model: That it is a member of.
+        member: Its number.
+        whole: The same base model converted to one member; it is changed, and returned.
+    """
+    state = {name: x for name, x in model.state_dict().items() if not name.endswith(".masks")}
+    whole.load_state_dict(state, strict=False)
+    for site in model.surgery.sites:
+        layer, other = layer_of(whole, site.mask), layer_of(model, site.mask)
+        layer.masks.copy_(other.masks[member : member + 1])
+        layer.kept = other.kept
+    return whole
+
+
 # --- masks that keep what matters ------------------------------------------------------------------------------------
 
 

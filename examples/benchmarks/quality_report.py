@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inference import markdown
+from quality_plan import SEEDS, run_of, sweep
 from quality_plots import plot_masks, plot_methods
 from quality_settings import (
     SCORES,
@@ -35,14 +36,17 @@ DIGITS = 3
 INTRODUCTION = """\
 # Quality
 
-Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs, learning rate and options
-of each method (*settings*) are those with the lowest NLL on the validation part; all else is of the test part. *At its
-temperature*: the NLL with a temperature fitted to the validation part, without which a method may win by what any other
-could have too (Ashukha et al. 2020, arXiv:2002.06470). *Epochs* are all that were trained beyond the base model. *MACs*
-are multiply-adds of a prediction, the base model's as 1, of Masksembles packed (and converted), of dropout with what
-stands before it computed once. Unknown images are MNIST's. The share of a gain is told, with an error by the jackknife,
-where the deep ensemble's is above two standard errors. "Chosen" are Masksembles with any n, scale and sites, trained at
-the same cost.
+Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs and the learning rate of
+each method (*settings*) are those with the lowest NLL on the validation part in a sweep, of which the last table of a
+task tells; what else is tried of Masksembles is trained as was best for n=4, scale=2. All else is of the test part.
+
+*At its temperature*: the NLL with a temperature fitted to the validation part, without which a method may win by what
+any other could have too (Ashukha et al. 2020, arXiv:2002.06470). *Epochs* are all that were trained beyond the base
+model. *MACs* are multiply-adds of a prediction, the base model's as 1, of Masksembles packed (and converted), of
+dropout with what stands before it computed once. *BatchNorm by member*: the same weights, with statistics that are
+re-estimated for each member on the training part. Unknown images are MNIST's. The share of a gain is told, with an
+error by the jackknife, where the deep ensemble's is above two standard errors. "Chosen" are Masksembles with any n,
+scale and sites, trained at the same cost.
 
 The seeds differ in initial weights, masks and batches; images are split in one way, so that the errors are those of
 training. The patients of diabetes are split anew for each seed, but out of the same 442."""
@@ -75,10 +79,12 @@ def document(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int
         seeds = sorted(settings[0].results)
         budgets = " or ".join(str(epochs) for epochs in sorted({setting.epochs for setting in settings}))
         had = f"The base model has had {TASKS[task].base_epochs} epochs, and each method {budgets} more."
-        parts.append(f"## {TASKS[task].title}\n\n{len(seeds)} seeds. {had}\n")
+        count = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed"
+        parts.append(f"## {TASKS[task].title}\n\n{count}. {had}\n")
         some = chosen(settings)
         parts.append(main_table(task, some, base_macs[task]))
         parts += [shares(some, base_macs[task]), corrupted(some), variations(settings, base_macs[task])]
+        parts.append(tried(task, rows))
     return "\n".join(filter(None, parts))
 
 
@@ -109,10 +115,27 @@ def variations(settings: Sequence[Setting], base_macs: int) -> str:
     return markdown(["Masksembles", *figures, "MACs", "settings"], lines) if len(lines) > 1 else ""
 
 
+def tried(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each method: the validation NLL by epochs and learning rate; empty without a sweep."""
+    swept = {run.key for profile in SEEDS for run in sweep(task, profile)}
+    settings = settings_of([row for row in rows if run_of(row).key in swept])
+    ways = sorted({(setting.epochs, setting.lr) for setting in settings})
+    lines = []
+    for name, title in TITLES.items():
+        mine = {(setting.epochs, setting.lr): setting for setting in settings if setting.name == name}
+        if mine:
+            lines.append(
+                [title, *(mean_and_error(mine[way].values("nll", "val") if way in mine else []) for way in ways)]
+            )
+    titles = [f"{epochs} epochs, lr {lr:g}" for epochs, lr in ways]
+    return markdown(["validation NLL in the sweep", *titles], lines) if lines else ""
+
+
 def mean_and_error(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.fmean(values):.{DIGITS}f} ± {standard_error(values):.{DIGITS}f}"
+    mean = f"{statistics.fmean(values):.{DIGITS}f}"
+    return f"{mean} ± {standard_error(values):.{DIGITS}f}" if len(values) > 1 else mean
 
 
 def macs_cell(setting: Setting, base_macs: int) -> str:
@@ -136,8 +159,7 @@ def shares(settings: Mapping[str, Setting], base_macs: int) -> str:
 
 
 def _gain(ensemble: Setting, base: Setting, figure: str) -> str:
-    gains = paired(ensemble, base, figure)
-    return f"{statistics.fmean(gains):.{DIGITS}f} ± {standard_error(gains):.{DIGITS}f}"
+    return mean_and_error(paired(ensemble, base, figure))
 
 
 def _share(setting: Setting, ensemble: Setting, base: Setting, figure: str) -> str:

@@ -15,6 +15,7 @@ TITLES = {
     "dropout4": "MC dropout, 4 passes",
     "dropout30": "MC dropout, 30 passes",
     "masksembles": "Masksembles",
+    "own statistics": "Masksembles, BatchNorm by member",
     "tuned ensemble": "4 models from the one base model",
     "ensemble": "deep ensemble of 4",
 }
@@ -77,6 +78,8 @@ def settings_of(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
         for result in row["results"]:
             key = (result["name"], row["epochs"], row["lr"], tuple(sorted(row["options"].items())))
             found[key][row["seed"]] = result
+    if not found:
+        return []
     counts = Counter(seed for results in found.values() for seed in results)
     furthest = [seed for seed, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
     choices = [set(furthest[: k + 1]) for k in range(len(furthest))]

@@ -22,7 +22,7 @@ from masksurgery.types import Task as Kind
 IDX_HEADER = {"images": 16, "labels": 8}
 BATCH = 500
 """Samples that are predicted at a time."""
-CORRUPTED = 250
+CORRUPTED = 100
 """Images of the test part that are corrupted, by each kind and severity."""
 
 
@@ -95,6 +95,7 @@ class Task:
         base_epochs, base_lr: What makes it a pretrained model.
         epochs: The budgets of what comes after that, the short one and the long one.
         lrs: The learning rates that every method tries.
+        swept: Seeds, from the first on, that budgets and learning rates are chosen by.
         batch: Samples in a step.
         sites: Options of `convert` by the name of a group of layers.
         kind: What is predicted; a regression has two outputs, a mean and a log-variance.
@@ -108,6 +109,7 @@ class Task:
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"all": {}})
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
+    swept: int = 1
     batch: int = 32
     kind: Kind = "classification"
 
@@ -255,8 +257,8 @@ TASKS: dict[str, Task] = {
         "ResNet (timm's test_resnet) on Fashion-MNIST, 10,000 images",
         partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
-        base_epochs=10,
-        epochs=(5, 20),
+        base_epochs=5,
+        epochs=(3, 10),
         sites={
             "all": {}, "inner": {"include": ["layer*.conv1"]}, "last": {"include": ["layer4.*"]},
             "head": {"where": "head"},
@@ -277,6 +279,7 @@ TASKS: dict[str, Task] = {
         base_epochs=10,
         epochs=(5, 20),
         sites={"all": {}, "head": {"where": "head"}},
+        swept=5,  # the parts are small, and cheap
         kind="regression",
     ),
 }  # fmt: skip
