@@ -9,6 +9,7 @@ from masksurgery.evaluate import evaluate
 from masksurgery.evaluation import Evaluation, ModelEvaluation
 from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.events import Interrupted
+from masksurgery.export import Exported, export, export_program
 from masksurgery.finetune import finetune
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
 from masksurgery.masks import generate_masks
@@ -24,6 +25,7 @@ from masksurgery.types import (
     CheckpointError,
     ConfigError,
     EvaluationError,
+    ExportError,
     LayoutError,
     MaskError,
     MasksurgeryError,
@@ -49,6 +51,8 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "EvaluationError",
+    "ExportError",
+    "Exported",
     "FinetuneConfig",
     "Interrupted",
     "LayoutError",
@@ -72,6 +76,8 @@ __all__ = [
     "VerificationError",
     "convert",
     "evaluate",
+    "export",
+    "export_program",
     "finetune",
     "generate_masks",
     "load",

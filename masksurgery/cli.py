@@ -1,4 +1,4 @@
-"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate`, `predict`, `pack` and `bench`."""
+"""The command line: `masksurgery demo`, `inspect`, `convert`, `finetune`, `evaluate`, `predict`, `pack` and others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from masksurgery.cli_bench import bench
 from masksurgery.cli_evaluate import demo, evaluate
+from masksurgery.cli_export import export
 from masksurgery.cli_finetune import finetune
 from masksurgery.cli_pack import pack
 from masksurgery.options import (
@@ -286,3 +287,4 @@ def predict(
 
 app.command()(pack)
 app.command()(bench)
+app.command()(export)

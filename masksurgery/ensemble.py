@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from masksurgery.example import Example
 from masksurgery.graphs import TwoGraphs
+from masksurgery.inputs import make_inputs, placeholder_values
 from masksurgery.prediction import Head, Prediction, RegressionPrediction, batch_first, check_temperature
 from masksurgery.scores import Threshold
 from masksurgery.types import ConfigError, ConvertConfig, Surgery, TraceError
@@ -68,8 +72,8 @@ class Ensemble(TwoGraphs):
 
     def _without_constants(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword inputs without those that the conversion has made constants, once these are found unchanged."""
-        signature = inspect.signature(self._base_type.forward)
-        bound = signature.bind(self, *self.inputs["args"], **self.inputs["kwargs"]).arguments
+        signature = _signature(self)
+        bound = signature.bind(*self.inputs["args"], **self.inputs["kwargs"]).arguments
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         known = {**bound, **bound.get(rest, {})}
         for name, value in kwargs.items():
@@ -166,6 +170,40 @@ class Ensemble(TwoGraphs):
     def head_module(self) -> Head:
         """The module that aggregates the members' outputs."""
         return cast(Head, self._modules[self._names["prediction"]])
+
+
+def _signature(model: Ensemble) -> inspect.Signature:
+    """Of the base model's forward."""
+    signature = inspect.signature(model._base_type.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+
+
+def zero_inputs(model: Ensemble, samples: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Args and kwargs of one forward, given as the example inputs were, without what the conversion made a constant.
+
+    Args:
+        model: An ensemble.
+        samples: How many; None for as many as the example inputs had.
+    Returns:
+        All zeros, on the device and of the precision of the model.
+    """
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    device = next((x.device for x in (*tensors, *model.buffers())), torch.device("cpu"))
+    args, kwargs = make_inputs(model.inputs, device)
+    signature = _signature(model)
+    values = placeholder_values(signature.bind(*args, **kwargs))
+    unbatched = set(model.settings.unbatched)
+
+    def fit(leaf: Any, batched: bool) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if samples is not None and batched and leaf.dim():
+            leaf = leaf.new_zeros(samples, *leaf.shape[1:])
+        return leaf.to(tensors[0].dtype) if leaf.is_floating_point() and tensors else leaf
+
+    fitted = {name: tree_map(partial(fit, batched=name not in unbatched), value) for name, value in values.items()}
+    positional = placeholder_values(signature.bind_partial(*args))
+    return tuple(fitted.pop(name) for name in positional), fitted
 
 
 @contextmanager

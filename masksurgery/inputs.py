@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from masksurgery.types import TraceError
+
+T = TypeVar("T")
 
 
 def bind_inputs(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
@@ -118,7 +120,12 @@ def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cp
 def random_inputs(
     description: Mapping[str, Any], device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Args and kwargs of a description: floating-point tensors drawn from a normal distribution, all else zeros.
+    """Args and kwargs of a description: floating-point tensors as `random_values` draws them, all else zeros."""
+    return random_values(make_inputs(description, device), seed)
+
+
+def random_values(values: T, seed: int = 0) -> T:
+    """A tree with the same shapes, of which floating-point tensors are drawn from a normal distribution.
 
     Equal seeds give equal values on every device, and torch's default generator is not touched.
     """
@@ -129,5 +136,4 @@ def random_inputs(
             return leaf
         return torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
 
-    args, kwargs = make_inputs(description, device)
-    return tree_map(draw, (args, kwargs))
+    return cast(T, tree_map(draw, values))

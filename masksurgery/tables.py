@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from masksurgery.export import Exported
 from masksurgery.macs import Macs
 from masksurgery.predict import Entry, Row
 from masksurgery.types import Site, Skipped, Surgery
@@ -163,6 +164,20 @@ def summary(name: str, directory: str, surgery: Surgery, macs: Macs, proof: str 
     if proof is not None:
         table.add_row("  verified", proof)
     return Group(Text(f"{name} is now an ensemble in {directory}", style="bold"), table)
+
+
+def export_summary(name: str, file: str, exported: Exported, size: int) -> RenderableType:
+    """What an exported file takes and returns, and how close it is to the model."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("  inputs", ", ".join(exported.inputs))
+    table.add_row("  outputs", ", ".join(exported.outputs))
+    sizes = ", ".join(map(str, exported.differences))
+    worst = max(exported.differences.values())
+    table.add_row("  difference", f"at most {worst:.1e} from the model, at batch size {sizes}")
+    table.add_row("  size", f"{short(size)}B")
+    return Group(Text(f"{name} is exported to {file}", style="bold"), table)
 
 
 def short(count: int) -> str:

@@ -60,6 +60,10 @@ class TrainingError(MasksurgeryError):
     """A training run cannot go on, or not from here."""
 
 
+class ExportError(MasksurgeryError):
+    """A model cannot be exported, or computes something else once it is."""
+
+
 class EvaluationError(MasksurgeryError):
     """What a model predicts cannot be evaluated, or nothing can be fitted to it."""
 

@@ -27,7 +27,7 @@ ROWS = (
     ("images", "transforms", "randomness", "stopping", "processes", "data", "variants", "memory"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation", "evaluation_config", "thumbnails"),
-    ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator"),
+    ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator", "export_files"),
     (
         "hub",
         "predict",
@@ -53,6 +53,7 @@ ROWS = (
         "cli_finetune",
         "cli_evaluate",
         "cli_pack",
+        "cli_export",
         "cli_bench",
         "cli",
         "__main__",

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
-from masksurgery.inputs import make_inputs
-from masksurgery.macs import sample_inputs
+from masksurgery.ensemble import zero_inputs
 from masksurgery.pack.packed import PackedModel
 from masksurgery.types import ConfigError
 
@@ -33,9 +31,9 @@ def fastest(models: Sequence[PackedModel]) -> PackedModel:
     device = _device(models[0])
     if len(models) == 1 or device.type == "meta":
         return models[0]
-    ranked = _rank(models, example_inputs(models[0], device), device)
+    ranked = _rank(models, zero_inputs(models[0]), device)
     first, rival = ranked[0], next((model for model in ranked if model.layout == "unrolled"), ranked[0])
-    return first if first is rival else _rank([rival, first], example_inputs(first, device, BATCH), device)[0]
+    return first if first is rival else _rank([rival, first], zero_inputs(first, BATCH), device)[0]
 
 
 def _rank(models: Sequence[PackedModel], inputs: tuple[Any, Any], device: torch.device) -> list[PackedModel]:
@@ -61,7 +59,7 @@ def check_runs(model: PackedModel) -> None:
     device = _device(model)
     if device.type == "meta":
         return
-    args, kwargs = example_inputs(model, device)
+    args, kwargs = zero_inputs(model)
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of operators that torch.vmap can only loop over
@@ -71,21 +69,6 @@ def check_runs(model: PackedModel) -> None:
             f'layout="grouped" is not possible for this model: {str(error).strip().splitlines()[0]} '
             f'Pass layout="unrolled".'
         ) from error
-
-
-def example_inputs(model: PackedModel, device: torch.device, samples: int | None = None) -> tuple[Any, Any]:
-    """Args and kwargs of one forward, all zeros; of so many samples, if not of as many as in the example."""
-    dtype = next((p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
-
-    def cast(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf.to(device, dtype if leaf.is_floating_point() else None)
-
-    if samples is None:
-        return tree_map(cast, make_inputs(model.inputs))
-    bound = sample_inputs(model, model, samples)
-    return tree_map(cast, (bound.args, bound.kwargs))
 
 
 def _device(model: PackedModel) -> torch.device:
