@@ -11,6 +11,7 @@ from masksurgery.evaluation_config import EvaluateConfig
 from masksurgery.events import Interrupted
 from masksurgery.export import Exported, export, export_program
 from masksurgery.finetune import finetune
+from masksurgery.hub import push_to_hub
 from masksurgery.layers import Masksembles1D, Masksembles2D, Masksembles3D, repeat_targets
 from masksurgery.masks import generate_masks
 from masksurgery.model import ConvertedModel
@@ -82,6 +83,7 @@ __all__ = [
     "generate_masks",
     "load",
     "pack",
+    "push_to_hub",
     "recalibrate",
     "repeat_targets",
     "save",
