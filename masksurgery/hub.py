@@ -164,10 +164,15 @@ def _metadata(
     of_timm = str((record.pretrained_cfg or {}).get("hf_hub_id") or "")
     results = None
     if found is not None and evaluation is not None:
-        of = {"task_type": PIPELINES.get(record.task, record.task), "dataset_type": evaluation.data}
-        of["dataset_name"] = evaluation.data
         results = [
-            EvalResult(**of, metric_type=name, metric_name=METRICS[name].title, metric_value=value)
+            EvalResult(
+                task_type=PIPELINES.get(record.task, record.task),
+                dataset_type=evaluation.data,
+                dataset_name=evaluation.data,
+                metric_type=name,
+                metric_name=METRICS[name].title,
+                metric_value=value,
+            )
             for name, value in found.figures.items()
         ]
     data = ModelCardData(
