@@ -1,0 +1,126 @@
+"""Six models: exported to both formats with a dynamic batch, converted and packed; compiled without graph breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import masksurgery
+from nets import randomise
+from test_examples import load_example
+from test_export import run_onnx
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"vit_tiny_patch16_224": 224, "swin_tiny_patch4_window7_224": 224}
+NAMES = (
+    "resnet50",
+    "efficientnet_b0",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "deeplabv3_mobilenet_v3_large",
+)
+six = pytest.mark.parametrize("name", NAMES)
+
+
+def images(name: str, batch: int) -> Tensor:
+    size = SIZES.get(name, 64)
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def convert(name: str) -> masksurgery.ConvertedModel:
+    if name.startswith("deeplab"):
+        base: nn.Module = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+        )
+    else:
+        base = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    return masksurgery.convert(randomise(base), n=4, scale=2.0, example_inputs=(images(name, 1),)).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["converted", "packed"])
+@six
+def test_files_agree_with_the_model(name: str, packed: bool, tmp_path: Path) -> None:
+    converted = convert(name)
+    masksurgery.recalibrate(converted, [images(name, 4)])  # random statistics would let numbers overflow
+    model = masksurgery.pack(converted, "unrolled", dense=False) if packed else converted
+    x = images(name, 3)
+    with torch.no_grad():
+        expected = [leaf.numpy() for leaf in tree_leaves(model(x))]
+    for format in ("onnx", "pt2"):
+        found = masksurgery.export(model, tmp_path / f"model.{format}")
+        assert set(found.differences) == {1, 2, 5} and max(found.differences.values()) <= 1e-4
+    for ours, theirs in zip(run_onnx(tmp_path / "model.onnx", x).values(), expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.real
+def test_photos_give_the_same_in_every_format(tmp_path: Path) -> None:
+    photos = load_example("imagenet_photos")
+    base = photos.load_base()
+    model = masksurgery.convert(base, n=4, scale=2.0, where="head", seed=1).eval()
+    x = photos.preprocess(base, photos.load_photos())
+    with torch.no_grad():
+        expected = model(x)
+    for kind, one in (("converted", model), ("packed", masksurgery.pack(model, "unrolled"))):
+        masksurgery.export(one, tmp_path / f"{kind}.onnx")
+        for batch in (1, 2, 4):
+            seen = run_onnx(tmp_path / f"{kind}.onnx", x[:batch])
+            for field in ("mean", "variance", "entropy", "mutual_information"):
+                assert np.abs(seen[field] - getattr(expected, field)[:batch].numpy()).max() <= 1e-4
+        program = torch.export.load(masksurgery.export(one, tmp_path / f"{kind}.pt2").path).module()
+        with torch.no_grad():
+            assert (program(x).mean - expected.mean).abs().max() <= 1e-4
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["converted", "packed"])
+@six
+def test_compiled_in_eval_without_graph_breaks(name: str, packed: bool) -> None:
+    converted, x = convert(name), images(name, 2)
+    masksurgery.recalibrate(converted, [images(name, 4)])
+    model = masksurgery.pack(converted, "unrolled", dense=False) if packed else converted
+    with torch.no_grad():
+        for ours, theirs in zip(tree_leaves(compiled(model)(x)), tree_leaves(model(x)), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [4, 7])
+@six
+def test_compiled_in_training_without_graph_breaks(name: str, batch: int) -> None:
+    model = convert(name).train()
+    output = compiled(model)(images(name, batch))
+    leaves = tree_leaves(output)
+    assert len(leaves[0]) == batch
+    sum(leaf.float().mean() for leaf in leaves).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_inductor_gives_what_eager_gives() -> None:
+    """The default backend, which writes C++."""
+    torch._dynamo.reset()
+    base = timm.create_model("test_resnet", num_classes=10)
+    model = masksurgery.convert(randomise(base), n=4, example_inputs=(torch.zeros(1, 3, 64, 64),)).eval()
+    x = torch.randn(3, 3, 64, 64)
+    masksurgery.recalibrate(model, [torch.randn(8, 3, 64, 64)])
+    fast = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for ours, theirs in zip(fast(x), model(x), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
