@@ -398,6 +398,26 @@ def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report
     assert masks["scale 3.0"][0] == "0.440 ± 0.000"
 
 
+def test_the_readme_shows_what_was_found(script: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    found = [rows([result("base", 0.5, 0.4)], seed=seed) for seed in range(2)]
+    report.write_report(found, tmp_path, readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}**LeNet on Fashion-MNIST, 10,000 images**, 2 seeds:\n\n|")
+    assert text.endswith(f"{report.END}after\n") and lines_of(text)["base model"][:2] == [
+        "0.900 ± 0.000",
+        "0.400 ± 0.000",
+    ]
+    # That of the repository is of the runs that are there.
+    before = script.README.read_text(encoding="utf-8")
+    readme.write_text(before, encoding="utf-8")
+    report.write_report(script.read(script.FILE), tmp_path, readme)
+    assert readme.read_text(encoding="utf-8") == before
+    folder = script.FILE.parent
+    assert (tmp_path / "quality.md").read_text() == (folder / "quality.md").read_text()
+
+
 def test_the_sweep_is_told(report: ModuleType, tmp_path: Path) -> None:
     found = []
     for seed, worse in ((0, 0.0), (1, 0.1)):  # of these only the first was swept

@@ -40,7 +40,8 @@ from masksurgery.rebuild import version_of
 from masksurgery.types import EvaluationError
 from masksurgery.variants import Conditions
 
-HERE = Path(__file__).parent
+FILE = Path(__file__).with_name("quality.jsonl")
+README = Path(__file__).parents[2] / "README.md"
 OUTPUTS = {"classification": 10, "regression": 1}
 
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not options.report:
         run_all(options)
-    write_report(read(options.file), options.file.parent)
+    write_report(read(options.file), options.file.parent, README if options.file == FILE else None)
     return 0
 
 
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="after which no run is begun")
     parser.add_argument("--fashion", type=Path, default=Places.fashion, metavar="DIR", help=f"({Places.fashion})")
     parser.add_argument("--digits", type=Path, default=Places.digits, metavar="DIR", help=f"({Places.digits})")
-    parser.add_argument("--file", type=Path, default=HERE / "quality.jsonl", help="default: quality.jsonl beside this")
+    parser.add_argument("--file", type=Path, default=FILE, help="default: quality.jsonl beside this")
     parser.add_argument("--report", action="store_true", help="run nothing, write tables and plots of what is there")
     return parser.parse_args(arguments)
 

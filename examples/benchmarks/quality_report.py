@@ -50,18 +50,28 @@ scale and sites, trained at the same cost.
 
 The seeds differ in initial weights, masks and batches; images are split in one way, so that the errors are those of
 training. The patients of diabetes are split anew for each seed, but out of the same 442."""
+BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
 GAINS = {"nll": "NLL", "calibrated": "NLL at its temperature", "entropy": "AUROC entropy"}
 """What shares of gains are said of."""
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write quality.md, and if there is anything to show quality.png and quality_masks.png."""
+def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path | None = None) -> None:
+    """Write quality.md, and if there is anything to show quality.png and quality_masks.png.
+
+    Args:
+        rows: What was run.
+        folder: For these.
+        readme: A file with a place for the main figures.
+    """
     by_task = {task: [row for row in rows if row["task"] == task and row["results"]] for task in TASKS}
     found = {task: settings_of(some) for task, some in by_task.items() if some}
     base_macs = {row["task"]: row["base_macs"] for row in rows}
     (folder / "quality.md").write_text(document(found, base_macs, rows), encoding="utf-8")
     if not found:
         return
+    if readme is not None:
+        text = update_readme(readme.read_text(encoding="utf-8"), readme_tables(found, base_macs))
+        readme.write_text(text, encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
     plot_methods({title: (macs, chosen(some)) for title, macs, some in plots.values()}, folder / "quality.png")
     plot_masks({title: (macs, by_masks(some)) for title, macs, some in plots.values()}, folder / "quality_masks.png")
@@ -90,6 +100,26 @@ def document(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int
 
 def columns(task: str) -> Mapping[str, str]:
     return NUMBERS if TASKS[task].kind == "regression" else CLASSES
+
+
+def readme_tables(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int]) -> str:
+    """What a reader wants first: a table for each task, without what was chosen."""
+    parts = []
+    for task, settings in found.items():
+        some, lines = chosen(settings), []
+        shown = {figure: title for figure, title in columns(task).items() if figure not in ("brier", "aurc", "crps")}
+        for title, setting in some.items():
+            cells = [mean_and_error(setting.values(figure)) for figure in shown]
+            lines.append([title, *cells, macs_cell(setting, base_macs[task])])
+        count = len(settings[0].results)
+        heading = f"**{TASKS[task].title}**, {count} seed{'' if count == 1 else 's'}:"
+        parts.append(f"{heading}\n\n{markdown(['', *shown.values(), 'MACs'], lines)}")
+    return "\n".join(parts)
+
+
+def update_readme(text: str, tables: str) -> str:
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return text[:start] + tables + text[end:]
 
 
 def main_table(task: str, settings: Mapping[str, Setting], base_macs: int) -> str:
