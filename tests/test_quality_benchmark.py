@@ -395,7 +395,15 @@ def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report
     assert share["Masksembles, n=4, scale=2"] == ["48% ± 1%", "48% ± 1%", "-", "0.38"]
     assert share["Masksembles, chosen"][0] == "76% ± 2%" and "base model" not in share
     assert worse["base model"] == ["1.200 ± 0.115", "1.800 ± 0.173"]
-    assert masks["scale 3.0"][0] == "0.440 ± 0.000"
+    assert masks["n 4, scale 2"][:3] == ["3", "0.450 ± 0.000", "0.500 ± 0.058"]
+    assert masks["scale 3.0"] == [
+        "3",
+        "-0.010 ± 0.000",
+        "-0.060 ± 0.000",
+        "-0.030 ± 0.000",
+        "+0.000 ± 0.000",
+        "1.00 (3.90)",
+    ]
 
 
 def test_the_readme_shows_what_was_found(script: ModuleType, report: ModuleType, tmp_path: Path) -> None:
@@ -447,6 +455,21 @@ def test_a_seed_that_has_only_begun_is_left_out(report: ModuleType) -> None:
     more = rows([result("masksembles", 0.5, 0.5)], seed=0, n=8)
     found = settings_of([*whole, begun, more])
     assert [(s.name, sorted(s.results)) for s in found] == [(name, [0, 1, 2, 3]) for name in names]
+
+
+def test_options_are_compared_with_the_usual_ones_of_the_same_seeds(report: ModuleType) -> None:
+    def run(nll: float, seed: int, lr: float = 1e-3, **options: Any) -> dict[str, Any]:
+        return rows([result("masksembles", nll, nll, converted=400, packed=150)], lr=lr, seed=seed, **options)
+
+    found = [run(0.5 + 0.1 * seed, seed) for seed in range(3)]
+    found += [run(0.65, 1, n=8), run(0.85, 2, n=8), run(0.1, 0, lr=3e-3, n=8), run(0.4, 0, n=2)]
+    text = report.variations(found, 100)
+    lines = lines_of(text)
+    assert text.startswith(
+        "| Masksembles, 3 epochs, lr 0.001 | seeds | validation NLL | NLL | NLL at its temperature |"
+    )
+    assert lines["n 4, scale 2"][:2] == ["3", "0.600 ± 0.058"]
+    assert lines["n 8"][:2] == ["2", "+0.100 ± 0.050"] and lines["n 2"][:2] == ["1", "-0.100"]
 
 
 def test_one_seed_has_no_standard_error(report: ModuleType, tmp_path: Path) -> None:

@@ -37,15 +37,18 @@ def plot_methods(found: Found, file: Path) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
 
 
-def plot_masks(found: Found, file: Path) -> None:
-    """NLL of the validation part, packed, of everything that was tried of Masksembles."""
+def plot_masks(found: Mapping[str, tuple[int, Sequence[tuple[Setting, Setting]]]], file: Path) -> None:
+    """Of everything that was tried of Masksembles, packed, how its validation NLL differs from that of n=4, scale 2."""
     with _grid(len(found), file) as (_, grid):
-        for axes, (title, (base_macs, settings)) in zip(grid, found.items(), strict=False):
-            for label, setting in settings.items():
-                at = prediction_macs(setting, base_macs)
-                mean = _point(axes, at, setting.values("nll", "val"), "C0")
-                axes.annotate(label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-            _dress(axes, title, "validation NLL (lower is better)", (0.5, 1, 2, 4))
+        for axes, (title, (base_macs, pairs)) in zip(grid, found.items(), strict=False):
+            for one, other in pairs:
+                at, values = (
+                    prediction_macs(one, base_macs),
+                    zip(one.values("nll", "val"), other.values("nll", "val"), strict=True),
+                )
+                mean = _point(axes, at, [a - b for a, b in values], "C0")
+                axes.annotate(one.label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            _dress(axes, title, "validation NLL, to n 4, scale 2 (lower is better)", (0.5, 1, 2, 4))
 
 
 def _point(axes: Any, at: float, values: Sequence[float], color: str, label: str | None = None) -> float:

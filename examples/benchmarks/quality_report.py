@@ -15,12 +15,12 @@ from quality_settings import (
     SCORES,
     TITLES,
     Setting,
-    by_masks,
     chosen,
     prediction_macs,
     relative_macs,
     settings_of,
     standard_error,
+    variations_of,
 )
 from quality_tasks import TASKS
 
@@ -38,7 +38,8 @@ INTRODUCTION = """\
 
 Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs and the learning rate of
 each method (*settings*) are those with the lowest NLL on the validation part in a sweep, of which the last table of a
-task tells; what else is tried of Masksembles is trained as was best for n=4, scale=2. All else is of the test part.
+task tells. What else is tried of Masksembles is trained as was best for n=4, scale=2, and its table has the differences
+from that with the same seeds. All figures but those of validation are of the test part.
 
 *At its temperature*: the NLL with a temperature fitted to the validation part, without which a method may win by what
 any other could have too (Ashukha et al. 2020, arXiv:2002.06470). *Epochs* are all that were trained beyond the base
@@ -74,7 +75,9 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
         readme.write_text(text, encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
     plot_methods({title: (macs, chosen(some)) for title, macs, some in plots.values()}, folder / "quality.png")
-    plot_masks({title: (macs, by_masks(some)) for title, macs, some in plots.values()}, folder / "quality_masks.png")
+    pairs = {TASKS[task].title: (base_macs[task], variations_of(by_task[task])) for task in found}
+    if several := {title: some for title, some in pairs.items() if len(some[1]) > 1}:
+        plot_masks(several, folder / "quality_masks.png")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -91,9 +94,9 @@ def document(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int
         had = f"The base model has had {TASKS[task].base_epochs} epochs, and each method {budgets} more."
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed"
         parts.append(f"## {TASKS[task].title}\n\n{count}. {had}\n")
-        some = chosen(settings)
+        some, of_task = chosen(settings), [row for row in rows if row["task"] == task]
         parts.append(main_table(task, some, base_macs[task]))
-        parts += [shares(some, base_macs[task]), corrupted(some), variations(settings, base_macs[task])]
+        parts += [shares(some, base_macs[task]), corrupted(some), variations(of_task, base_macs[task])]
         parts.append(tried(task, rows))
     return "\n".join(filter(None, parts))
 
@@ -134,15 +137,20 @@ def main_table(task: str, settings: Mapping[str, Setting], base_macs: int) -> st
     return markdown(["", *columns(task).values(), "epochs", "seconds", "MACs", "settings"], lines)
 
 
-def variations(settings: Sequence[Setting], base_macs: int) -> str:
-    """A line for each set of options of Masksembles, trained as is best for it; empty if there is but one."""
-    lines, named = [], [score for score in SCORES if settings[0].values("entropy")]
-    for label, one in by_masks(settings).items():
-        shown = [one.values("nll", "val"), *(one.values(figure) for figure in ("nll", "calibrated", *named))]
-        trained = f"{one.epochs} epochs, lr {one.lr:g}"
-        lines.append([label, *map(mean_and_error, shown), macs_cell(one, base_macs), trained])
-    figures = ["validation NLL", "NLL", "at its temperature", *(CLASSES[score] for score in named)]
-    return markdown(["Masksembles", *figures, "MACs", "settings"], lines) if len(lines) > 1 else ""
+def variations(rows: Sequence[Mapping[str, Any]], base_macs: int) -> str:
+    """A line for each set of options of Masksembles: by how much it differs from n=4, scale 2 of the same seeds."""
+    pairs = variations_of(rows)
+    if len(pairs) < 2:
+        return ""
+    usual, figures = pairs[0][0], {"validation NLL": ("nll", "val"), **{t: (f, "test") for f, t in GAINS.items()}}
+    shown = {title: of for title, of in figures.items() if usual.values(*of)}
+    lines = []
+    for one, other in pairs:
+        values = [zip(one.values(*of), other.values(*of), strict=True) for of in shown.values()]
+        apart = [mean_and_error([a - b for a, b in pair], sign=True) for pair in values]
+        cells = apart if one is not usual else [mean_and_error(one.values(*of)) for of in shown.values()]
+        lines.append([one.label, str(len(one.results)), *cells, macs_cell(one, base_macs)])
+    return markdown([f"Masksembles, {usual.epochs} epochs, lr {usual.lr:g}", "seeds", *shown, "MACs"], lines)
 
 
 def tried(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -161,10 +169,10 @@ def tried(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["validation NLL in the sweep", *titles], lines) if lines else ""
 
 
-def mean_and_error(values: Sequence[float]) -> str:
+def mean_and_error(values: Sequence[float], sign: bool = False) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):.{DIGITS}f}"
+    mean = f"{statistics.fmean(values):{'+' if sign else ''}.{DIGITS}f}"
     return f"{mean} ± {standard_error(values):.{DIGITS}f}" if len(values) > 1 else mean
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 TITLES = {
@@ -54,6 +54,10 @@ class Setting:
             rows = [row[part] for row in rows]
         return [row[figure] for row in rows] if all(figure in row for row in rows) else []
 
+    def of(self, seeds: Collection[int]) -> Setting:
+        """The same with these seeds alone."""
+        return replace(self, results={seed: self.results[seed] for seed in sorted(seeds)})
+
     @property
     def val_nll(self) -> float:
         """What settings are chosen by."""
@@ -71,24 +75,24 @@ class Setting:
         return ", ".join(filter(None, (f"{self.epochs} epochs", f"lr {self.lr:g}", self.label)))
 
 
-def settings_of(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """Those that can be compared, with the seeds that give the most of them: a seed may only have begun."""
+def collect(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """All of them, each with the seeds that it was run with."""
     found: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         for result in row["results"]:
             key = (result["name"], row["epochs"], row["lr"], tuple(sorted(row["options"].items())))
             found[key][row["seed"]] = result
-    if not found:
-        return []
-    counts = Counter(seed for results in found.values() for seed in results)
+    return [Setting(name, epochs, lr, dict(options), found) for (name, epochs, lr, options), found in found.items()]
+
+
+def settings_of(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """Those that can be compared, with the seeds that give the most of them: a seed may only have begun."""
+    found = collect(rows)
+    counts = Counter(seed for setting in found for seed in setting.results)
     furthest = [seed for seed, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
     choices = [set(furthest[: k + 1]) for k in range(len(furthest))]
-    seeds = max(choices, key=lambda some: len(some) * sum(some <= results.keys() for results in found.values()))
-    return [
-        Setting(name, epochs, lr, dict(options), {seed: results[seed] for seed in seeds})
-        for (name, epochs, lr, options), results in found.items()
-        if seeds <= results.keys()
-    ]
+    seeds = max(choices, key=lambda some: len(some) * sum(some <= s.results.keys() for s in found), default=set())
+    return [setting.of(seeds) for setting in found if seeds <= setting.results.keys()]
 
 
 def best(settings: Iterable[Setting]) -> Setting:
@@ -109,13 +113,23 @@ def chosen(settings: Sequence[Setting]) -> dict[str, Setting]:
     return {title: best(some) for title, some in found.items() if some}
 
 
-def by_masks(settings: Sequence[Setting]) -> dict[str, Setting]:
-    """Of each set of options of Masksembles the setting that is trained as is best for it."""
-    groups: dict[str, list[Setting]] = defaultdict(list)
-    for setting in settings:
-        if setting.name == "masksembles":
-            groups[setting.label].append(setting)
-    return {label: best(some) for label, some in groups.items()}
+def variations_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Setting, Setting]]:
+    """What was tried of Masksembles, trained as was best for n=4, scale 2; each beside that, with the same seeds.
+
+    First comes n=4, scale 2 itself.
+    """
+    mine = [setting for setting in collect(rows) if setting.name == "masksembles"]
+    usual = [setting for setting in mine if setting.options == DEFAULT]
+    if not usual:
+        return []
+    most = max(len(setting.results) for setting in usual)
+    first = best(setting for setting in usual if len(setting.results) == most)
+    pairs = []
+    for setting in mine:
+        seeds = setting.results.keys() & first.results.keys()
+        if (setting.epochs, setting.lr) == (first.epochs, first.lr) and seeds:
+            pairs.append((setting.of(seeds), first.of(seeds)))
+    return sorted(pairs, key=lambda pair: pair[0].options != DEFAULT)
 
 
 def relative_macs(setting: Setting, base_macs: int) -> dict[str, float]:
