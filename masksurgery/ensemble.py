@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from masksurgery.example import Example
+from masksurgery.example import Example, resize_batch
 from masksurgery.graphs import TwoGraphs
 from masksurgery.inputs import make_inputs, placeholder_values
 from masksurgery.prediction import Head, Prediction, RegressionPrediction, batch_first, check_temperature
@@ -179,30 +178,46 @@ def _signature(model: Ensemble) -> inspect.Signature:
 
 
 def zero_inputs(model: Ensemble, samples: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Args and kwargs of one forward, given as the example inputs were, without what the conversion made a constant.
+    """Args and kwargs of one forward, all zeros, on the device and of the precision of the model.
 
     Args:
         model: An ensemble.
         samples: How many; None for as many as the example inputs had.
     Returns:
-        All zeros, on the device and of the precision of the model.
+        Given as the example inputs were, without what the conversion made a constant.
     """
     tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
     device = next((x.device for x in (*tensors, *model.buffers())), torch.device("cpu"))
     args, kwargs = make_inputs(model.inputs, device)
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(tensors[0].dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() and tensors else leaf
+
+    return given_inputs(model, tree_map(cast, args), tree_map(cast, kwargs), samples)
+
+
+def given_inputs(
+    model: Ensemble, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the base model as the ensemble takes them: by position what was so in the example inputs.
+
+    Args:
+        model: An ensemble.
+        args, kwargs: Of one forward of the base model.
+        samples: They are repeated to so many; None to leave them.
+    Raises:
+        TraceError: They do not fit.
+    """
     signature = _signature(model)
-    values = placeholder_values(signature.bind(*args, **kwargs))
-    unbatched = set(model.settings.unbatched)
-
-    def fit(leaf: Any, batched: bool) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if samples is not None and batched and leaf.dim():
-            leaf = leaf.new_zeros(samples, *leaf.shape[1:])
-        return leaf.to(tensors[0].dtype) if leaf.is_floating_point() and tensors else leaf
-
-    fitted = {name: tree_map(partial(fit, batched=name not in unbatched), value) for name, value in values.items()}
-    positional = placeholder_values(signature.bind_partial(*args))
+    try:
+        values = placeholder_values(signature.bind(*args, **kwargs))
+    except TypeError as error:
+        raise TraceError(f"The inputs do not fit {model._base_type.__name__}.forward{signature}: {error}.") from error
+    if values.keys() != set(model._takes):
+        raise TraceError(f"The inputs are {', '.join(values)}; the model takes {', '.join(model._takes)}.")
+    unbatched = {*model.settings.unbatched} if samples is not None else values.keys()
+    fitted = {name: x if name in unbatched else resize_batch(x, samples or 1) for name, x in values.items()}
+    positional = placeholder_values(signature.bind_partial(*make_inputs(model.inputs, "meta")[0]))
     return tuple(fitted.pop(name) for name in positional), fitted
 
 

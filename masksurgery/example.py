@@ -44,7 +44,7 @@ class Example:
         """
         inputs = placeholder_values(bound)
         one, other = (
-            {name: value if name in unbatched else _resize(value, size) for name, value in inputs.items()}
+            {name: value if name in unbatched else resize_batch(value, size) for name, value in inputs.items()}
             for size in BATCH_SIZES
         )
         dims = {name: [_dims(x, name not in unbatched) for x in tensors_in(value)] for name, value in one.items()}
@@ -74,7 +74,9 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _resize(value: Any, size: int) -> Any:
+def resize_batch(value: Any, size: int) -> Any:
+    """The samples again and again, until there are so many; of a tree of tensors."""
+
     def resize(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() == 0:
             return x

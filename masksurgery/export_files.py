@@ -14,65 +14,66 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from masksurgery.ensemble import Ensemble
 from masksurgery.images import label_names, preprocessing_of
-from masksurgery.prediction import Prediction, RegressionPrediction, first_prediction
+from masksurgery.prediction import Prediction, count_outputs, first_prediction
 from masksurgery.rebuild import version_of
-from masksurgery.sources import one_line
 from masksurgery.types import ConfigError, ExportError
 
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")
 METADATA = "masksurgery"
 """Under which the facts of a model stand in the file, as JSON: in ONNX's metadata, in the extra files of a .pt2."""
-LARGEST = 2**31 - 2**20
+LARGEST = 2**31 - 2**24
 """Bytes of weights that an ONNX file holds, with some room for the graph."""
 
 
 # --- names and facts -------------------------------------------------------------------------------------------------
 
 
-def output_names(model: Ensemble, found: Any) -> tuple[str, ...]:
+def name_outputs(model: Ensemble, found: Any) -> tuple[str, ...]:
     """The names of the tensors that a model has returned in eval, in the order in which torch flattens them."""
     if isinstance(found, Tensor):
-        return (model.head_module.output,)
-    return tuple(".".join(parts) for parts in _names_in(found))
+        return (str(model.head_module.output),)
+    leaves, _ = tree_flatten_with_path(found)
+    return tuple(".".join(map(_part, path)) for path, leaf in leaves if isinstance(leaf, Tensor))
 
 
-def _names_in(value: Any) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, (Prediction, RegressionPrediction)):
-        yield from ((name,) for name in value._fields)
-    elif isinstance(value, Mapping):
-        yield from ((str(key), *rest) for key, part in value.items() for rest in _names_in(part))
-    elif isinstance(value, (tuple, list)):
-        yield from ((str(i), *rest) for i, part in enumerate(value) for rest in _names_in(part))
-    else:
-        yield ()
+def _part(key: Any) -> str:
+    """A field's name, a key or an index."""
+    return str(next(value for name in ("name", "key", "idx") if (value := getattr(key, name, None)) is not None))
 
 
-def describe_model(model: Ensemble, found: Any) -> dict[str, Any]:
+def describe_model(model: Ensemble, prediction: Any, outputs: Sequence[str]) -> dict[str, Any]:
     """What a program has to know of a model that has nothing but the exported file, as JSON.
 
     Args:
         model: In eval.
-        found: What it has returned.
+        prediction: What it returns where its output is "prediction".
+        outputs: The names of what is in the file.
     Returns:
-        The version of this package, n, task, the names of the classes, the temperature that is in the graph already,
-        the threshold beyond which a prediction is unsure ({"score": ..., "value": ...}), and where the model takes one
-        image, its preprocessing in timm's words (input_size, mean, std, interpolation, crop_pct, crop_mode).
+        The version of this package, n, task, class_dim, the names of the classes, the temperature that is in the graph
+        already, the threshold beyond which a prediction is unsure ({"score": ..., "value": ...}), if the file has what
+        it looks at, and where the model takes one image, its preprocessing in timm's words (input_size, mean, std,
+        interpolation, crop_pct, crop_mode).
     """
-    threshold, p, labels = model.threshold, first_prediction(found), label_names(model)
-    scores = found if isinstance(found, Tensor) else p.mean if p is not None else torch.zeros(0)
-    fits = labels is not None and scores.shape[1:2] == (len(labels),)
+    settings, threshold = model.settings, model._threshold
+    p, labels = first_prediction(prediction), label_names(model)
+    fits = isinstance(p, Prediction) and count_outputs(p, settings.task, settings.class_dim) == len(labels or ())
+    if not fits:
+        labels = None
+    if threshold is not None:
+        field = "mean" if threshold.score == "max_probability" else threshold.score
+        threshold = threshold if field in {name.rpartition(".")[2] for name in outputs} else None
     try:
         preprocessing: dict[str, Any] | None = dict(preprocessing_of(model).config)
     except ConfigError:  # it takes something else
         preprocessing = None
     facts = {
-        "version": version_of("masksurgery"), "n": model.surgery.n, "task": model.settings.task,
-        "labels": labels if fits else None, "temperature": model.head_module.temperature,
+        "version": version_of("masksurgery"), "n": model.surgery.n, "task": settings.task,
+        "class_dim": settings.class_dim, "labels": labels, "temperature": model.head_module.temperature,
         "threshold": threshold and {"score": threshold.score, "value": threshold.value},
         "preprocessing": preprocessing,
     }  # fmt: skip
@@ -85,31 +86,48 @@ Run = Callable[[Sequence[Any], Mapping[str, Any]], Sequence[np.ndarray]]
 """The outputs of a forward, flattened, of args and kwargs."""
 
 
+def to_numpy(tree: Any) -> list[np.ndarray]:
+    """The tensors of a tree, flattened; bfloat16, which numpy does not have, as float32."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [(x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() for x in tensors]
+
+
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str], facts: Any) -> None:
-    size = sum(x.numel() * x.element_size() for x in program.state_dict.values())
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
     if size > LARGEST:
         raise ExportError(
-            f"The weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2. Export model.half(), or a .pt2."
+            f"The weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2. Export model.half(), or as .pt2."
         )
-    try:
-        with quiet():
-            found = torch.onnx.export(program, dynamo=True, verbose=False)
-    except Exception as error:  # its exporter has errors of its own, and raises those of onnxscript
-        raise ExportError(f"torch.onnx cannot write this model: {one_line(error)}. Export it as .pt2.") from error
+    with quiet():
+        found = torch.onnx.export(program, dynamo=True, verbose=False)
     assert found is not None
-    _name_outputs(found.model.graph, outputs)
+    _set_output_names(found.model.graph, outputs)
     found.model.metadata_props[METADATA] = json.dumps(facts)
-    found.save(path, external_data=False)
+    path.write_bytes(found.model_proto.SerializeToString())  # its own `save` puts large weights into a second file
 
 
-def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+def _set_output_names(graph: Any, names: Sequence[str]) -> None:
     """Other values of these names get new ones: exporting with `output_names` leaves two of a name."""
-    taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
-    for node in graph:
-        for value in node.outputs:
-            if value.name in names:
-                value.name = next(new for k in count() if (new := f"{value.name}_{k}") not in taken)
-                taken.add(value.name)
+    values = [value for node in graph for value in node.outputs]
+    taken = {value.name for value in (*values, *graph.inputs, *graph.initializers.values())} | {*names}
+    if clash := sorted({value.name for value in graph.inputs} & {*names}):
+        raise ExportError(
+            f"'{clash[0]}' is the name of an input and of an output. Rename the argument of the base model's forward, "
+            f"or export it as .pt2."
+        )
+
+    def rename(value: Any) -> None:
+        value.name = next(new for k in count() if (new := f"{value.name}_{k}") not in taken)
+        taken.add(value.name)
+
+    for value in values:
+        if value.name in names:
+            rename(value)
+    for name in [name for name in graph.initializers if name in names]:
+        value = graph.initializers.pop(name)
+        rename(value)
+        graph.register_initializer(value)
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
 
@@ -122,9 +140,8 @@ def _read_onnx(path: Path) -> Run:
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[np.ndarray]:
-        leaves = [leaf.cpu().numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         names = [given.name for given in session.get_inputs()]
-        return session.run(None, dict(zip(names, leaves, strict=True)))
+        return session.run(None, dict(zip(names, to_numpy((args, kwargs)), strict=True)))
 
     return run
 
@@ -140,7 +157,7 @@ def _read_program(path: Path) -> Run:
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[np.ndarray]:
         with torch.no_grad():
-            return [leaf.cpu().numpy() for leaf in tree_leaves(program(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            return to_numpy(program(*args, **kwargs))
 
     return run
 

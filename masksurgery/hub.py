@@ -1,24 +1,20 @@
-"""Share a saved model on the Hugging Face hub, with a card that says what it is, how to load it, and how good it is."""
+"""Share a saved model on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from masksurgery.checkpoint import save
 from masksurgery.ensemble import Ensemble
-from masksurgery.evaluation import DETECTION, METRICS, SCORE_TITLES, Evaluation, ModelEvaluation
+from masksurgery.evaluation import Evaluation, ModelEvaluation
 from masksurgery.folders import SavedModel
-from masksurgery.record import Record
+from masksurgery.model_card import CARD, FIGURES, REPORT, write_card
 from masksurgery.sources import one_line
 from masksurgery.types import CheckpointError, ConfigError
 from masksurgery.weights import CONFIG, WEIGHTS
-
-CARD, REPORT, FIGURES = "README.md", "report.html", "evaluation.json"
-PIPELINES = {"classification": "image-classification", "multilabel": "image-classification"}
 
 
 def push_to_hub(
@@ -39,9 +35,11 @@ def push_to_hub(
 
     Args:
         model: What `convert`, `pack` or `load` returned, or a folder that `save` or `finetune` wrote.
-        repository: "user/name". Made if there is none; what it holds of these files is replaced.
-        evaluation: What `evaluate` found. Of several models the one whose name is the folder's, or the only converted
-            one, stands in the card; the whole is `evaluation.json`.
+        repository: "user/name". Made if there is none. What it holds of these files is replaced, and a report or
+            figures of before are removed.
+        evaluation: What `evaluate` found, for this folder, or of a model in memory for the only converted one with as
+            many members. It stands in the card; the whole is `evaluation.json`, with the names of the data and the
+            models as they were given to `evaluate`.
         report: A file that `write_report` wrote.
         base_model: Of the hub, for the card; by default that of timm's pretrained_cfg.
         license: Of the weights, by the hub's identifiers, such as "apache-2.0".
@@ -54,10 +52,9 @@ def push_to_hub(
         ConfigError: The model is of another kind, the repository has no such name, or the evaluation is of others.
         CheckpointError: The folder or the report cannot be read, or the hub refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ConfigError(f"'{repository}' is no name of a repository. Pass 'user/name'.")
+    _check_name(repository)
     if not isinstance(model, (Ensemble, str, Path)):
         raise ConfigError(
             f"push_to_hub takes a converted or packed model, not {type(model).__name__}. Pass what convert or pack "
@@ -66,24 +63,50 @@ def push_to_hub(
     files: dict[str, bytes | Path] = {}
     if report is not None:
         files[REPORT] = _existing(Path(report))
-    found = None if evaluation is None else choose_model(evaluation, model)
     if evaluation is not None:
         files[FIGURES] = evaluation.to_json().encode("utf-8")
     with _saved(model) as folder:
         record = SavedModel.read(folder).record
+        found = None if evaluation is None else choose_model(evaluation, model, record.n)
         card = write_card(record, repository, found, evaluation, report is not None, base_model, license)
         files |= {CARD: card.encode("utf-8"), CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
         api = HfApi(token=token)
-        try:
+        with _explained(repository):
             url = api.create_repo(repository, private=private, exist_ok=True)
+            # What was found for the weights before is none of these.
+            old = [name for name in (REPORT, FIGURES) if name not in files and api.file_exists(repository, name)]
             operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-            api.create_commit(repository, operations, commit_message=message)
-        except Exception as error:  # a network fails in many ways
-            raise CheckpointError(
-                f"{repository}: the hub did not take it ({one_line(error)}). Log in with `hf auth login`, or pass a "
-                f"token that may write there."
-            ) from error
+            deletions = [CommitOperationDelete(name) for name in old]
+            api.create_commit(repository, [*operations, *deletions], commit_message=message)
     return str(url)
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is documented
+
+    try:
+        validate_repo_id(repository)
+        valid = repository.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"'{repository}' is no name of a repository. Pass 'user/name'.")
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """What the hub or the network refuses becomes a CheckpointError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        todo = (
+            "Log in with `hf auth login`, or pass a token that may write there" if status in (401, 403) else "Try again"
+        )
+        raise CheckpointError(f"{repository}: the hub did not take it ({one_line(error)}). {todo}.") from error
 
 
 @contextmanager
@@ -101,144 +124,19 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def choose_model(evaluation: Evaluation, model: Ensemble | str | Path) -> ModelEvaluation:
-    """What was found for a model; a ConfigError where that cannot be told."""
-    mine = [one for one in evaluation.models if not isinstance(model, Ensemble) and Path(one.name) == Path(model)]
-    found = mine or [one for one in evaluation.models if one.kind == "converted"]
-    if len(found) != 1:
-        names = ", ".join(one.name for one in evaluation.models)
-        raise ConfigError(f"The evaluation is of {names}: which of them is pushed cannot be told. Evaluate it alone.")
-    return found[0]
+def choose_model(evaluation: Evaluation, model: Ensemble | str | Path, n: int) -> ModelEvaluation:
+    """What was found for a model of n members: of a folder under its name, else what is alone of its kind.
 
-
-# --- the card --------------------------------------------------------------------------------------------------------
-
-
-def write_card(
-    record: Record,
-    repository: str,
-    found: ModelEvaluation | None = None,
-    evaluation: Evaluation | None = None,
-    has_report: bool = False,
-    base_model: str | None = None,
-    license: str | None = None,
-) -> str:
-    """The text of a model card, with the hub's metadata on top.
-
-    Args:
-        record: The model's config.json.
-        repository: "user/name".
-        found: What `evaluate` found for it.
-        evaluation: That this stands in.
-        has_report: There is a report beside the card.
-        base_model, license: For the metadata.
+    Raises:
+        ConfigError: That cannot be told.
     """
-    parts = [
-        _metadata(record, repository, found, evaluation, base_model, license),
-        f"# {repository.partition('/')[2]}",
-        f"{record.n} models in one set of weights: every prediction has a mean, a variance, and a part of its "
-        f"uncertainty that is the members' disagreement. Made of {_base(record)} by masksurgery, with *Masksembles for "
-        f"Uncertainty Estimation* (Durasov et al., CVPR 2021, [arXiv:2012.08334](https://arxiv.org/abs/2012.08334)).",
-        "## How to use it",
-        _usage(record, repository),
-        "## What it is",
-        _table(("", ""), _facts(record)),
-    ]
-    if found is not None and evaluation is not None:
-        parts += ["## How good it is", *_results(found, evaluation, has_report)]
-    elif has_report:
-        parts += [f"How good it is: [{REPORT}]({REPORT})."]
-    return "\n\n".join(parts) + "\n"
-
-
-def _metadata(
-    record: Record,
-    repository: str,
-    found: ModelEvaluation | None,
-    evaluation: Evaluation | None,
-    base_model: str | None,
-    license: str | None,
-) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    of_timm = str((record.pretrained_cfg or {}).get("hf_hub_id") or "")
-    results = None
-    if found is not None and evaluation is not None:
-        results = [
-            EvalResult(
-                task_type=PIPELINES.get(record.task, record.task),
-                dataset_type=evaluation.data,
-                dataset_name=evaluation.data,
-                metric_type=name,
-                metric_name=METRICS[name].title,
-                metric_value=value,
-            )
-            for name, value in found.figures.items()
-        ]
-    data = ModelCardData(
-        base_model=base_model or (of_timm if of_timm.count("/") == 1 and not of_timm.endswith("/") else None),
-        library_name="masksurgery",
-        license=license,
-        pipeline_tag=PIPELINES.get(record.task),
-        tags=["masksurgery", "masksembles", "uncertainty", "ensemble"],
-        model_name=repository.partition("/")[2] if results else None,
-        eval_results=results,
-    )
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def _base(record: Record) -> str:
-    return f"`{record.base.name}`" if record.base else f"a `{record.base_type}`"
-
-
-def _usage(record: Record, repository: str) -> str:
-    own = record.base is None or record.base.source == "factory"
-    base = ", base=my_model" if own else ""
-    fields = "p.mean, p.variance" + ("" if record.task == "regression" else ", p.entropy, p.mutual_information")
-    lines = [
-        "```python", "import masksurgery", "",
-        f'model = masksurgery.load("hf-hub:{repository}"{base})',
-        f"p = model(x)  # {fields}",
-        *(["model.unsure(p)  # which of them get no answer"] if record.threshold else []),
-        "```",
-    ]  # fmt: skip
-    text = "\n".join(lines)
-    return f"{text}\n\n`my_model` is a `{record.base_type}` of yours, with any weights." if own else text
-
-
-def _facts(record: Record) -> dict[str, str]:
-    shapes = [x["shape"] for x in (*record.inputs.args, *record.inputs.kwargs.values()) if isinstance(x, Mapping)]
-    facts = {
-        "base model": _base(record),
-        "members": str(record.n),
-        "scale": f"{record.scale:g}",
-        "masked layers": str(len(record.sites)),
-        "task": record.task,
-        "example input": ", ".join(str(shape[1:]) for shape in shapes),
-        "packed": "no: it can be trained on" if record.packed is None else f"yes ({record.packed.layout})",
-    }
-    if record.temperature:
-        facts["temperature"] = f"{record.temperature:.3g}"
-    if record.threshold:
-        facts["threshold"] = f"{SCORE_TITLES[record.threshold.score]} {record.threshold.value:.4g}"
-    return facts
-
-
-def _results(found: ModelEvaluation, evaluation: Evaluation, has_report: bool) -> list[str]:
-    figures = {METRICS[name].title: f"{value:.4g}" for name, value in found.figures.items()}
-    parts = [f"On {evaluation.images} images of `{evaluation.data}`:", _table(("metric", "value"), figures)]
-    rows = [
-        f"| {name} | {SCORE_TITLES[score]} | {' | '.join(f'{row[figure]:.3f}' for figure in DETECTION)} |"
-        for name, scores in found.detection.items()
-        for score, row in scores.items()
-    ]
-    if rows:
-        titles = " | ".join(metric.title for metric in DETECTION.values())
-        heading = f"| unknown images | score | {titles} |\n|---|---|{'---|' * len(DETECTION)}"
-        parts += ["Against images of another kind:", "\n".join([heading, *rows])]
-    where = f"`{FIGURES}` has it all" + (f", [{REPORT}]({REPORT}) shows it." if has_report else ".")
-    return [*parts, where]
-
-
-def _table(titles: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    return "\n".join([f"| {titles[0]} | {titles[1]} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+    found = [one for one in evaluation.models if one.kind == "converted" and one.n == n]
+    if not isinstance(model, Ensemble):
+        found = [one for one in found if Path(one.name).resolve() == Path(model).resolve()]
+    if len(found) != 1:
+        names = ", ".join(f"{one.name} ({one.n} member{'' if one.n == 1 else 's'})" for one in evaluation.models)
+        asked = f"a model of {n} members" if isinstance(model, Ensemble) else str(model)
+        raise ConfigError(
+            f"The evaluation is of {names}, and {asked} is pushed. Evaluate that, alone or by its folder."
+        )
+    return found[0]

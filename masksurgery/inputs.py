@@ -112,7 +112,10 @@ def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cp
             if set(value) == {"shape", "dtype"}:
                 return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
             return {key: make(part) for key, part in value.items()}
-        return [make(part) for part in value] if isinstance(value, list) else value
+        if isinstance(value, (list, tuple)):
+            parts = [make(part) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        return value
 
     return make(list(description["args"])), make(dict(description["kwargs"]))
 
@@ -124,16 +127,23 @@ def random_inputs(
     return random_values(make_inputs(description, device), seed)
 
 
-def random_values(values: T, seed: int = 0) -> T:
+def random_values(values: T, seed: int = 0, integers: bool = False) -> T:
     """A tree with the same shapes, of which floating-point tensors are drawn from a normal distribution.
 
     Equal seeds give equal values on every device, and torch's default generator is not touched.
+
+    Args:
+        values: A tree; what is no tensor stays.
+        seed: Of the numbers.
+        integers: Whole numbers and booleans are drawn too, as 0 or 1; else they stay.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor):
             return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        if leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        return torch.randint(2, leaf.shape, generator=generator).to(leaf.device, leaf.dtype) if integers else leaf
 
     return cast(T, tree_map(draw, values))

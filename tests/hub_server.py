@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             self.hub.repositories.setdefault(name, {})
-            self.hub.private[name] = asked.get("visibility")
+            self.hub.private[name] = asked.get("visibility") or {True: "private"}.get(asked.get("private"))
             return self._answer(200, {"url": f"{self.hub.address}/{name}", "name": name})
         if path == "/api/validate-yaml":
             ok = json.loads(body)["content"].startswith("---\n")
@@ -97,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.messages.append(value["summary"])
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
         self._answer(200, {"commitOid": COMMIT, "commitUrl": f"{self.hub.address}/{name}/commit/{COMMIT}"})
@@ -120,7 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(200, tree)
             siblings = [{"rfilename": file} for file in self.hub.repositories[name]]
             return self._answer(200, {"id": name, "sha": COMMIT, "siblings": siblings})
-        content = self.hub.repositories["/".join(parts[:2])]["/".join(parts[4:])]
+        content = self.hub.repositories.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+        if content is None:
+            return self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
         self._answer(200, content, headers)
 

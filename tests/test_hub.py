@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from hub_server import Hub, serving
 from masksurgery import CheckpointError, ConfigError
 from masksurgery.evaluation import Evaluation, ModelEvaluation
 from masksurgery.folders import SavedModel
-from masksurgery.hub import choose_model, write_card
+from masksurgery.hub import choose_model
+from masksurgery.model_card import write_card
 from masksurgery.scores import Threshold
 from nets import randomise
 
@@ -38,6 +40,7 @@ def python(hub: Hub, tmp_path: Path) -> Callable[..., str]:
 
     def run(code: str, token: str = hub.token, status: int = 0) -> str:
         settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        settings |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         environment = {**os.environ, **settings, "HF_TOKEN": token}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
@@ -111,8 +114,9 @@ def test_a_hub_that_refuses(hub: Hub, python: Callable[..., str], tmp_path: Path
 
 
 def test_what_cannot_be_pushed_is_said_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'name' is no name of a repository"):
-        masksurgery.push_to_hub(make(), "name")
+    for name in ("name", "hf-hub:user/name", "a/b/c", "user/"):
+        with pytest.raises(ConfigError, match=f"'{name}' is no name of a repository"):
+            masksurgery.push_to_hub(make(), name)
     with pytest.raises(ConfigError, match="push_to_hub takes a converted or packed model, not Linear"):
         masksurgery.push_to_hub(nn.Linear(1, 1), "user/name")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"none\.html: there is no such file"):
@@ -122,11 +126,40 @@ def test_what_cannot_be_pushed_is_said_first(tmp_path: Path) -> None:
 
 
 def test_the_model_of_an_evaluation() -> None:
-    assert choose_model(EVALUATION, "tuned").n == 2 and choose_model(EVALUATION, make()).name == "tuned"
-    assert choose_model(EVALUATION, "base").kind == "base"  # by its name
+    assert choose_model(EVALUATION, "tuned", 2) == choose_model(EVALUATION, make(), 2) == EVALUATION.models[1]
+    assert choose_model(EVALUATION, Path("tuned").resolve(), 2).name == "tuned"
     two = replace(EVALUATION, models=(*EVALUATION.models, ModelEvaluation("other", "converted", 2, {})))
-    with pytest.raises(ConfigError, match="The evaluation is of base, tuned, other: which of them"):
-        choose_model(two, make())
+    for evaluation, model, n in (
+        (two, make(), 2),
+        (EVALUATION, "other", 2),
+        (EVALUATION, "base", 2),
+        (EVALUATION, make(), 4),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"The evaluation is of base \(1 member\), tuned \(2 members\).* is pushed"
+        ):
+            choose_model(evaluation, model, n)
+
+
+def test_what_was_found_goes_along_and_does_not_outlive_its_weights(
+    hub: Hub, python: Callable[..., str], tmp_path: Path
+) -> None:
+    masksurgery.save(make(), tmp_path / "tuned")
+    (tmp_path / "report.html").write_text("<html>")
+    python(f"""
+import masksurgery
+from masksurgery.evaluation import Evaluation, ModelEvaluation
+model = masksurgery.load(r"{tmp_path / "tuned"}")
+found = ModelEvaluation("a", "converted", 2, {{"accuracy": 0.875}})
+evaluation = Evaluation(data="d", images=8, task="classification", models=(found,))
+masksurgery.push_to_hub(model, "user/one", evaluation=evaluation, report=r"{tmp_path / "report.html"}")
+masksurgery.push_to_hub(model, "user/two", evaluation=evaluation, report=r"{tmp_path / "report.html"}")
+masksurgery.push_to_hub(model, "user/two")
+""")
+    one, two = hub.repositories["user/one"], hub.repositories["user/two"]
+    assert json.loads(one["evaluation.json"])["models"][0]["figures"] == {"accuracy": 0.875}
+    assert "| accuracy | 0.875 |" in one["README.md"].decode() and one["report.html"] == b"<html>"
+    assert sorted(two) == ["README.md", "config.json", "model.safetensors"] and "0.875" not in two["README.md"].decode()
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------
@@ -153,7 +186,7 @@ def test_a_card_says_what_the_model_is(tmp_path: Path) -> None:
         "| example input | [3, 64, 64] |", "| threshold | entropy 0.75 |", "| packed | no: it can be trained on |",
     ):  # fmt: skip
         assert row in text
-    assert "model.unsure(p)" in text and "How good it is" not in text
+    assert "model.unsure(p)" in text and "model.output" not in text and "How good it is" not in text
     assert card_of(model, tmp_path / "other", base_model="a/b")[0]["base_model"] == "a/b"
 
 
@@ -174,4 +207,6 @@ def test_a_card_of_a_model_of_ones_own(tmp_path: Path) -> None:
     assert "pipeline_tag" not in metadata and "base_model" not in metadata
     assert 'masksurgery.load("hf-hub:user/name", base=my_model)' in text
     assert "`my_model` is a `torch.nn.modules.container.Sequential` of yours" in text
+    model.output = "mean"
+    assert 'model.output = "prediction"\np = model(x)' in card_of(model, tmp_path / "mean")[1]
     assert "p = model(x)  # p.mean, p.variance\n" in text and "| packed | yes (unrolled) |" in text

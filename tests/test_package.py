@@ -27,7 +27,8 @@ ROWS = (
     ("images", "transforms", "randomness", "stopping", "processes", "data", "variants", "memory"),
     ("losses", "training_config", "training_data", "events", "runs", "identity", "figures", "freezing"),
     ("metrics", "calibration", "corruptions", "evaluation", "evaluation_config", "thumbnails"),
-    ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator", "export_files"),
+    ("optimisation", "validation", "trainer", "subjects", "evaluation_data", "galleries", "evaluator"),
+    ("export_files", "model_card"),
     (
         "hub",
         "predict",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -25,7 +25,7 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 def prepare(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """An image as the model wants it [1, c, h, w]: its middle, of the size and with the levels of the training."""
     channels, height, width = preprocessing["input_size"]
-    image = Image.open(file).convert("RGB" if channels == 3 else "L")
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB" if channels == 3 else "L")  # phones lie on the side
     scale = max(height / image.height, width / image.width) / preprocessing["crop_pct"]
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, FILTERS.get(preprocessing["interpolation"], Image.Resampling.BICUBIC))
@@ -38,26 +38,31 @@ def prepare(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
 
 
 def is_unsure(outputs: Mapping[str, np.ndarray], threshold: Mapping[str, Any]) -> bool:
-    """Whether the prediction of one image is beyond the threshold."""
+    """Whether the prediction of one image is beyond the threshold; what is no number is."""
     if threshold["score"] == "max_probability":
-        return float(outputs["mean"].max()) < threshold["value"]
-    return float(outputs[threshold["score"]].sum()) > threshold["value"]  # the variance is summed over the classes
+        return not float(outputs["mean"].max()) >= threshold["value"]
+    return not float(outputs[threshold["score"]].sum()) <= threshold["value"]  # the variance is summed over the classes
 
 
 def main(model: str, files: Sequence[str]) -> dict[str, str]:
     """What is said of each file."""
     session = onnxruntime.InferenceSession(model)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["masksurgery"])
-    if "preprocessing" not in facts:
-        sys.exit(f"{model} does not take images.")
-    names, answers = [output.name for output in session.get_outputs()], {}
+    outputs = [output.name for output in session.get_outputs()]
+    if (
+        "preprocessing" not in facts
+        or facts["task"] not in ("classification", "probabilities")
+        or "mean" not in outputs
+    ):
+        sys.exit(f"{model} does not classify images: it is for {facts['task']}, and returns {', '.join(outputs)}.")
+    answers = {}
     for file in files:
         found = session.run(None, {session.get_inputs()[0].name: prepare(file, facts["preprocessing"])})
-        outputs = dict(zip(names, found, strict=True))
-        best = int(outputs["mean"].argmax())
+        p = dict(zip(outputs, found, strict=True))
+        best = int(p["mean"].argmax())
         label = facts["labels"][best] if "labels" in facts else f"class {best}"
-        sure = f"{outputs['mean'].max():.2f} ± {outputs['variance'].flat[best] ** 0.5:.2f}"
-        unsure = "threshold" in facts and is_unsure(outputs, facts["threshold"])
+        sure = f"{p['mean'].max():.2f} ± {p['variance'].flat[best] ** 0.5:.2f}"
+        unsure = "threshold" in facts and is_unsure(p, facts["threshold"])
         answers[file] = f"unsure ({label} {sure})" if unsure else f"{label} {sure}"
     return answers
 
