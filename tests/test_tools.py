@@ -82,7 +82,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     base, ensemble = (line.split() for line in said.splitlines() if "accuracy" in line)
-    assert float(ensemble[2]) > 0.95 and float(ensemble[4]) < float(base[4])
+    assert min(float(base[2]), float(ensemble[2])) > 0.95 and float(ensemble[4]) < 0.1 and float(ensemble[6]) > 0.9
     assert (tmp_path / "digits" / "report.html").stat().st_size > 100_000
     assert (tmp_path / "digits" / "model.onnx").exists()
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
