@@ -215,10 +215,11 @@ def given_inputs(
         raise TraceError(f"The inputs do not fit {model._base_type.__name__}.forward{signature}: {error}.") from error
     if values.keys() != set(model._takes):
         raise TraceError(f"The inputs are {', '.join(values)}; the model takes {', '.join(model._takes)}.")
-    unbatched = {*model.settings.unbatched} if samples is not None else values.keys()
-    fitted = {name: x if name in unbatched else resize_batch(x, samples or 1) for name, x in values.items()}
+    if samples is not None:
+        unbatched = model.settings.unbatched
+        values = {name: x if name in unbatched else resize_batch(x, samples) for name, x in values.items()}
     positional = placeholder_values(signature.bind_partial(*make_inputs(model.inputs, "meta")[0]))
-    return tuple(fitted.pop(name) for name in positional), fitted
+    return tuple(values.pop(name) for name in positional), values
 
 
 @contextmanager

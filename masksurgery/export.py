@@ -90,11 +90,11 @@ def export(
         raise CheckpointError(f"{path}: cannot be written, for there is no folder {path.absolute().parent}. Make it.")
     twin = _for_export(model, on_cpu=True)
     sizes = (1,) if static else CHECKED
-    calls = [random_values(zero_inputs(twin, size), size, integers=True) for size in sizes]
+    calls = [(size, random_values(zero_inputs(twin, size), size, integers=True)) for size in sizes]
     if inputs is not None:
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         args = args if isinstance(args, (tuple, list)) else (args,)
-        calls += [tree_map(_to_cpu, given_inputs(twin, args, kwargs, size)) for size in sizes]
+        calls += [(size, tree_map(_to_cpu, given_inputs(twin, args, kwargs, size))) for size in sizes]
     program = export_program(twin, static=static)
     with torch.no_grad():
         args, kwargs = zero_inputs(twin)
@@ -108,9 +108,8 @@ def export(
             WRITERS[chosen](program, draft, outputs, describe_model(twin, prediction, outputs))
         with _explained(path, "does not run"):
             run = READERS[chosen](draft)
-        for k, (args, kwargs) in enumerate(calls):
-            far, size = _compare(twin, run, args, kwargs, path), sizes[k % len(sizes)]
-            differences[size] = max(far, differences.get(size, 0.0))
+        for size, (args, kwargs) in calls:
+            differences[size] = max(_compare(twin, run, args, kwargs, path), differences.get(size, 0.0))
 
     replace_file(path, write)
     return Exported(path, chosen, _input_names(program), outputs, differences)

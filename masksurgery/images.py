@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from masksurgery.convert import default_inputs
 from masksurgery.ensemble import Ensemble
-from masksurgery.inputs import describe
+from masksurgery.inputs import describe, is_described_tensor
 from masksurgery.transforms import Preprocessing
 from masksurgery.types import ConfigError, MasksurgeryError, TraceError
 
@@ -151,8 +151,8 @@ def image_input(model: nn.Module) -> tuple[list[int], str]:
     An ensemble takes what its example inputs are, a base model what its attribute `example_inputs` or its
     pretrained_cfg says.
     """
-    tensors = tree_leaves(_described_inputs(model), is_leaf=_is_tensor)
-    described = [leaf for leaf in tensors if _is_tensor(leaf)]
+    tensors = tree_leaves(_described_inputs(model), is_leaf=is_described_tensor)
+    described = [leaf for leaf in tensors if is_described_tensor(leaf)]
     if len(described) == 1 and len(described[0]["shape"]) == 4 and described[0]["shape"][1] in _MODES:
         return described[0]["shape"], described[0]["dtype"]
     seen = ", ".join(f"{leaf['dtype']}{leaf['shape']}" for leaf in described)
@@ -172,10 +172,6 @@ def _described_inputs(model: nn.Module) -> Any:
             f"{type(model).__name__} does not say what it takes: it has no timm pretrained_cfg. Set "
             f"model.example_inputs = (torch.zeros(1, 3, 224, 224),), or whatever one forward takes."
         ) from error
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Mapping) and set(leaf) == {"shape", "dtype"}
 
 
 def label_names(model: nn.Module) -> list[str] | None:

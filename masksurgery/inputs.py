@@ -104,12 +104,17 @@ def describe(value: Any) -> Any:
     return tree_map(of_leaf, value)
 
 
+def is_described_tensor(value: Any) -> bool:
+    """Whether something is what `describe` makes of a tensor."""
+    return isinstance(value, Mapping) and set(value) == {"shape", "dtype"}
+
+
 def make_inputs(description: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[list[Any], dict[str, Any]]:
     """Args and kwargs, all zeros, of a description."""
 
     def make(value: Any) -> Any:
         if isinstance(value, Mapping):
-            if set(value) == {"shape", "dtype"}:
+            if is_described_tensor(value):
                 return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
             return {key: make(part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):

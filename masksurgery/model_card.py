@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from masksurgery.evaluation import DETECTION, METRICS, SCORE_TITLES, Evaluation, ModelEvaluation
+from masksurgery.inputs import is_described_tensor
 from masksurgery.record import Record
 
 CARD, REPORT, FIGURES = "README.md", "report.html", "evaluation.json"
@@ -97,12 +98,8 @@ def _pipeline(record: Record) -> str | None:
 
 def _shapes(record: Record) -> list[list[int]]:
     """Of the example inputs."""
-    leaves = tree_leaves([record.inputs.args, record.inputs.kwargs], is_leaf=_is_tensor)
-    return [leaf["shape"] for leaf in leaves if _is_tensor(leaf)]
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Mapping) and set(leaf) == {"shape", "dtype"}
+    leaves = tree_leaves([record.inputs.args, record.inputs.kwargs], is_leaf=is_described_tensor)
+    return [leaf["shape"] for leaf in leaves if is_described_tensor(leaf)]
 
 
 def _base(record: Record) -> str:
