@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from masksurgery.adopt import adopt
 from masksurgery.checkpoint import load, save
 from masksurgery.convert import convert
 from masksurgery.data import DataConfig, DataError
@@ -75,6 +76,7 @@ __all__ = [
     "TrainingError",
     "Verification",
     "VerificationError",
+    "adopt",
     "convert",
     "evaluate",
     "export",

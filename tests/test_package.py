@@ -16,7 +16,20 @@ SOURCE = Path(__file__).parents[1] / PACKAGE
 # A subpackage stands for all of its modules. A new module needs a place here.
 ROWS = (
     ("types", "masks"),
-    ("inputs", "kinds", "copying", "axes", "rules", "example", "layers", "opaque", "prediction", "scores", "drawing"),
+    (
+        "inputs",
+        "kinds",
+        "copying",
+        "axes",
+        "rules",
+        "example",
+        "layers",
+        "adopt",
+        "opaque",
+        "prediction",
+        "scores",
+        "drawing",
+    ),
     ("running", "tracker", "layout", "branches", "tracing"),
     ("regions", "flow", "ties", "candidates", "heads", "sites", "rewrite"),
     ("graphs", "ensemble", "part", "model", "macs", "convert", "input_repeat"),
