@@ -40,6 +40,14 @@ def save(model: ConvertedModel | PackedModel, directory: str | Path, *, force: b
     Raises:
         CheckpointError: The folder holds other files of these names, cannot be written, or the model holds what JSON
             and safetensors cannot.
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> model = masksurgery.convert(base, example_inputs=(torch.ones(1, 8),)).eval()
+        >>> folder = masksurgery.save(model, "ensemble")
+        >>> again = masksurgery.load(folder, base=base)  # of a timm model: load(folder)
+        >>> x = torch.randn(5, 8)
+        >>> torch.equal(again(x).mean, model(x).mean)
+        True
     """
     if not isinstance(model, (ConvertedModel, PackedModel)):
         raise ConfigError(

@@ -101,6 +101,18 @@ def convert(
         MasksurgeryError: One of its kinds, before anything is changed.
     Source:
         Durasov et al. 2021, arXiv:2012.08334.
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> model = masksurgery.convert(base, n=4, scale=2.0, example_inputs=(torch.ones(1, 8),))
+        >>> model.train()(torch.ones(5, 8)).shape  # what the base model returns
+        torch.Size([5, 3])
+        >>> p = model.eval()(torch.ones(5, 8))
+        >>> p.mean.shape, p.entropy.shape, p.members.shape
+        (torch.Size([5, 3]), torch.Size([5]), torch.Size([5, 4, 3]))
+        >>> [(site.layer, site.channels, site.ones) for site in model.surgery.sites]
+        [('0', 16, 8)]
+        >>> model.surgery.skipped[0].layer, model.surgery.skipped[0].reason[:12]
+        ('2', 'output layer')
     """
     config = ConvertConfig(
         n, scale, resolve_types(after, model), where, None if include is None else _several(include), _several(exclude),

@@ -234,6 +234,7 @@ class Evaluation:
         return _plain({**record, "models": [_of_model(model) for model in self.models]})
 
     def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as text; figures that are no number are null."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
 
     def rows(self) -> Iterator[tuple[str, str, str, str, int | None, str, float]]:

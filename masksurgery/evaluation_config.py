@@ -61,8 +61,10 @@ class EvaluateConfig:
 
     @property
     def fits_threshold(self) -> bool:
+        """Whether a threshold is fitted, which takes held-out images."""
         return self.coverage is not None or self.risk is not None
 
     @property
     def fits(self) -> bool:
+        """Whether anything is fitted."""
         return self.temperature or self.fits_threshold

@@ -30,7 +30,8 @@ class Flow:
     """Questions about the dataflow of one traced graph (in eval mode, where dropout computes nothing)."""
 
     def __init__(self, region: Region, owner: tuple[Flow, fx.Node] | None = None) -> None:
-        """
+        """Follow what flows in a region.
+
         Args:
             region: With the graph, and what is known of it.
             owner: The flow and the node of the opaque call that the region is a part of.

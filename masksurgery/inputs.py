@@ -89,7 +89,6 @@ def placeholder_values(bound: inspect.BoundArguments, integers: bool = False) ->
 
 def describe_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
     """The inputs as JSON: {"args": [...], "kwargs": {...}}, a tensor as {"shape": [...], "dtype": "float32"}."""
-
     return {"args": describe(list(bound.args)), "kwargs": describe(dict(bound.kwargs))}
 
 

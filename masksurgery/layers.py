@@ -90,6 +90,9 @@ def repeat_targets(y: Any, n: int) -> Any:
         n: Number of members.
     Raises:
         MaskError: n is not a number of members, or something in y cannot be repeated.
+    Example:
+        >>> masksurgery.repeat_targets(torch.tensor([7, 8]), 3)
+        tensor([7, 8, 7, 8, 7, 8])
     """
     check_masks_arguments(n, 1)
 
@@ -296,20 +299,36 @@ def _broadcast(weights: Tensor, rank: int, row_dim: int, channel_dim: int) -> Te
 class Masksembles1D(_Masksembles):
     """Masks the channels of vectors [b, c] and tokens [b, t, c].
 
-    Masksembles1D(10, 4, 2.0)(torch.ones(4, 10)) has five ones in each row, and row i shows member i's mask.
+    Example:
+        >>> layer = masksurgery.Masksembles1D(10, 4, 2.0)
+        >>> rows = layer(torch.ones(4, 10))  # one row for each member: row i shows member i's mask
+        >>> rows.sum(1)
+        tensor([5., 5., 5., 5.])
+        >>> torch.equal(rows, layer.masks.float())
+        True
     """
 
     default_channel_dim = -1
 
 
 class Masksembles2D(_Masksembles):
-    """Masks the channels of images [b, c, h, w], or with channel_dim=-1 [b, h, w, c]."""
+    """Masks the channels of images [b, c, h, w], or with channel_dim=-1 [b, h, w, c].
+
+    Example:
+        >>> masksurgery.Masksembles2D(64, 4, 2.0)
+        Masksembles2D(64, n=4, scale=2.0, ones=34)
+    """
 
     rank = 4
 
 
 class Masksembles3D(_Masksembles):
-    """Masks the channels of volumes [b, c, d, h, w], or with channel_dim=-1 [b, d, h, w, c]."""
+    """Masks the channels of volumes [b, c, d, h, w], or with channel_dim=-1 [b, d, h, w, c].
+
+    Example:
+        >>> masksurgery.Masksembles3D(16, 4, 2.0)(torch.ones(8, 16, 2, 3, 3)).shape
+        torch.Size([8, 16, 2, 3, 3])
+    """
 
     rank = 5
 

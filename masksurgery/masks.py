@@ -49,6 +49,12 @@ def generate_masks(channels: int, n: int, scale: float, *, seed: Seed = None, mu
         MaskError: An argument has a value that it cannot have.
     Source:
         Durasov et al. 2021, arXiv:2012.08334, section 3.
+    Example:
+        >>> masks = masksurgery.generate_masks(10, n=4, scale=2.0, seed=0)
+        >>> masks.sum(axis=1)  # ones of each member
+        array([5, 5, 5, 5])
+        >>> bool(masks.any(axis=0).all())  # every channel is in use
+        True
     """
     ones = kept_channels(channels, n, scale, multiple_of)
     channels, n, rng = int(channels), int(n), _generator(seed)  # numpy's small integers overflow
@@ -90,8 +96,10 @@ def kept_channels(channels: int, n: int, scale: float, multiple_of: int = 1) -> 
 
 
 def _rounded(ones: int, channels: int, multiple: int) -> int:
-    """A multiple between `ones` and `channels`, if it can be. The largest one below c is at least c/2, so that the
-    masks still cover: there are two of them or more."""
+    """A multiple between `ones` and `channels`, if it can be.
+
+    The largest one below c is at least c/2, so that the masks still cover: there are two of them or more.
+    """
     largest = (channels - 1) // multiple * multiple
     if ones == channels or not largest:
         return ones

@@ -30,6 +30,13 @@ class Prediction(NamedTuple):
         entropy: Entropy of the mean [b, ...] in nats: the total uncertainty. For "multilabel" of each label.
         mutual_information: Entropy less the members' mean entropy: how far they disagree (epistemic).
         members: Logits of each member [b, n, k, ...], divided by the temperature; for "probabilities" logarithms.
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> p = masksurgery.convert(base, example_inputs=(torch.ones(1, 8),)).eval()(torch.randn(5, 8))
+        >>> torch.allclose(p.mean.sum(1), torch.ones(5)), torch.allclose(p.logits.exp(), p.mean)
+        (True, True)
+        >>> bool((p.entropy >= p.mutual_information).all())
+        True
     """
 
     mean: Tensor
@@ -46,7 +53,15 @@ class Prediction(NamedTuple):
 
 
 class RegressionPrediction(NamedTuple):
-    """Regression: mean and population variance over the members [b, ...], and the members [b, n, ...]."""
+    """Regression: mean and population variance over the members [b, ...], and the members [b, n, ...].
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+        >>> model = masksurgery.convert(base, task="regression", example_inputs=(torch.ones(1, 8),)).eval()
+        >>> p = model(torch.ones(5, 8))
+        >>> p.mean.shape, p.variance.shape, p.members.shape
+        (torch.Size([5, 1]), torch.Size([5, 1]), torch.Size([5, 4, 1]))
+    """
 
     mean: Tensor
     variance: Tensor

@@ -26,6 +26,11 @@ def recalibrate(model: ConvertedModel, loader: Iterable[Any], *, max_batches: in
         How many BatchNorm layers were re-estimated; 0 if the model has none that tracks statistics.
     Raises:
         ConfigError: The loader is empty, or the model is packed.
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        >>> model = masksurgery.convert(base, example_inputs=(torch.ones(1, 8),))
+        >>> masksurgery.recalibrate(model, [torch.randn(32, 8) for _ in range(4)])
+        1
     """
     refuse_packed(model, "recalibrate")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -163,6 +163,7 @@ class Surgery:
         return record
 
     def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=indent)
 
 

@@ -32,8 +32,7 @@ class Agreement(Sums):
             self.differ[i] += (members != members[i]).sum(1)
 
     def compute(self) -> tuple[float, tuple[float, ...], tuple[tuple[float, ...], ...]]:
-        """The agreement, each member's accuracy [n], and the disagreement of each pair [n][n], as shares of the
-        items."""
+        """The agreement, each member's accuracy [n], and the disagreement of each pair [n][n]; shares of the items."""
         items = int(self.items)
         differ = tuple(tuple(x / items for x in row) for row in self.differ.tolist())
         return int(self.alike) / items, tuple(x / items for x in self.right.tolist()), differ

@@ -57,8 +57,9 @@ def interval_reliability(inside: tuple[float, ...]) -> Reliability:
 
 
 def crps_of_normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
-    """Continuous ranked probability score of a normal distribution, in the unit of y; where it has no variance the
-    absolute error.
+    """Continuous ranked probability score of a normal distribution, in the unit of y.
+
+    Where it has no variance, that is the absolute error.
 
     Shape:
         All three and the result [m].
@@ -73,8 +74,9 @@ def crps_of_normal(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
 
 
 def crps_of_members(members: Tensor, y: Tensor) -> Tensor:
-    """Continuous ranked probability score of the members' empirical distribution, E|X - y| - E|X - X'| / 2, in the
-    unit of y; of one member the absolute error.
+    """Continuous ranked probability score of the members' empirical distribution, in the unit of y.
+
+    E|X - y| - E|X - X'| / 2; of one member the absolute error.
 
     torchmetrics has it only from 1.7 on, refuses a single member, and compares all pairs; sorted, each member counts
     once: sum_ij |x_i - x_j| = 2 sum_i (2i - n - 1) x_i.

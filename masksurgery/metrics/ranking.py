@@ -89,9 +89,11 @@ class RankedScores(Sums):
         return counts
 
     def cumulated(self, score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """From the surest on, for the bins that hold any: their indices, and how many images there are up to and with
-        each and the sum of their losses.
+        """Counts and losses from the surest on.
 
+        Returns:
+            Of the bins that hold any: their indices, how many images there are up to and with each, and the sum of the
+            losses of these.
         Raises:
             EvaluationError: The score is not kept, there are no images, or some came without a loss.
         """

@@ -51,6 +51,13 @@ def pack(model: ConvertedModel, layout: Layout = "auto", *, dense: bool | None =
         The packed model, for eval alone.
     Raises:
         ConfigError: The model is not a converted one, or the layout is not one that can be had.
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> model = masksurgery.convert(base, example_inputs=(torch.ones(1, 8),)).eval()
+        >>> packed = masksurgery.pack(model, "unrolled")
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose(packed(x).mean, model(x).mean, atol=1e-6)
+        True
     """
     _check(model, layout, dense)
     members = analyse_members(model)

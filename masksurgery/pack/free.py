@@ -87,8 +87,10 @@ def find_free(
 
 
 def _choices(dims: Mapping[InputDim, int]) -> Iterator[Sequence[InputDim]]:
-    """Which dimensions of the inputs to try together: those of one length first, as images may have to be square, and
-    masks as long as their texts."""
+    """Which dimensions of the inputs to try together.
+
+    Those of one length first, as images may have to be square, and masks as long as their texts.
+    """
     for length in dict.fromkeys(dims.values()):
         alike = [dim for dim, other in dims.items() if other == length][:MOST_ALIKE]
         for size in range(len(alike), 0, -1):

@@ -49,8 +49,10 @@ def call(operation: Operation, net: Network, values: Sequence[Any], variant: Var
 
 
 def trace_labels(operation: Operation, net: Network, cache: Labels) -> list[Tensor] | None:
-    """For each output the labels of its numbers: 0 is a padding with zeros, else 1 + the place in the inputs, which
-    are counted one after another, and all samples as one. None if the operation cannot be run on labels.
+    """For each output the labels of its numbers; None if the operation cannot be run on labels.
+
+    0 is a padding with zeros, else 1 + the place in the inputs, which are counted one after another, and all samples as
+    one.
 
     Returns:
         Integers of the shape of each output; of length 1 along dimensions where they do not vary.

@@ -131,8 +131,10 @@ def _alike(one: Keep, other: Keep) -> bool:
 
 
 def _branch(member: Member, keeps: Keeps, node: fx.Node, result: Widening) -> list[fx.Node] | None:
-    """The nodes from what a sum adds back to the layer that makes it, which can make zeros for the channels that it
-    lacks; None if there is no such layer."""
+    """The nodes from what a sum adds back to the layer that makes it; None if there is no such layer.
+
+    That layer can make zeros for the channels that it lacks.
+    """
     if bool(_constant(member, node).any()):
         return None
     chain: list[fx.Node] = []
