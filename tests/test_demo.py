@@ -10,6 +10,7 @@ from browser import check_page
 from finetuning import run
 from masksurgery import ConfigError, load
 from masksurgery.demo import Demo
+from readme import block, shape, shell, without_installation
 
 LIMIT = 600
 """CPU seconds that the demo may take. The README's machine needs under 180, one without AVX-512 three times that."""
@@ -30,6 +31,7 @@ def test_the_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
+    assert without_installation(block("Try it", "bash").text.splitlines()[-1]) == "masksurgery demo"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     out, err = run("demo", folder=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -52,5 +54,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert load(folder / "ensemble").threshold is not None
     check_page(folder / "report.html")
     assert (folder / "report.html").stat().st_size < 5_000_000
-    out, _ = run("predict", folder / "ensemble", folder / "unseen", "--csv", "out.csv", folder=tmp_path)
-    assert "unsure" in out
+    ((command, told),) = block("Evaluation", "console").commands()
+    assert told.pop() == "..."
+    seen, expected = shape(shell(command, tmp_path).splitlines()), shape(told)
+    assert seen[: len(expected)] == expected and "unsure" in seen[1]
