@@ -29,7 +29,7 @@ TOO_LARGE = {
 }  # fmt: skip
 
 
-def cases(failures: Mapping[str, str], subject: str = "", parts: int = 4) -> list[Any]:
+def cases(failures: Mapping[str, str], subject: str = "", parts: int = 8) -> list[Any]:
     """What a test is parametrised with: a family's entry in smallest.json.
 
     Args:

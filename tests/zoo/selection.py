@@ -1,6 +1,6 @@
 """Which part of the zoo a run of the tests looks at: all of it, or a part that changes with the commit.
 
-`pytest -m zoo` looks at everything. With MASKSURGERY_ZOO_SHARD=quarter, as in CI, it takes the part that the commit
+`pytest -m zoo` looks at everything. With MASKSURGERY_ZOO_SHARD=eighth, as in CI, it takes the part that the commit
 chooses (MASKSURGERY_ZOO_COMMIT, else git's HEAD; without either always the same part).
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 def sharded() -> bool:
     """Whether only a part is looked at."""
     shard = os.environ.get("MASKSURGERY_ZOO_SHARD") or "all"
-    if shard not in ("all", "quarter"):
-        raise ValueError(f'MASKSURGERY_ZOO_SHARD={shard!r} is not "all" or "quarter".')
-    return shard == "quarter"
+    if shard not in ("all", "eighth"):
+        raise ValueError(f'MASKSURGERY_ZOO_SHARD={shard!r} is not "all" or "eighth".')
+    return shard == "eighth"
 
 
-def chosen(name: str, parts: int = 4) -> bool:
+def chosen(name: str, parts: int = 8) -> bool:
     """Whether `name` is looked at: one of so many parts, which changes with the commit, or everything."""
     return not sharded() or in_part(name, parts)
 

@@ -1,7 +1,7 @@
 """The numbers of the smallest architecture of every family of timm: its members against the base model under masks.
 
 With random parameters, at the smallest images, in float64, drop rates above zero; about ten minutes on one core, of
-which CI takes another quarter with each commit (`selection.py`). Families of large architectures are left out.
+which CI takes another eighth with each commit (`selection.py`). Families of large architectures are left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The smallest architecture of every family of timm, packed; and packing.md is what packing gives.
 
-With random parameters, at the smallest images, in float32; six minutes on one core, of which CI takes a sixth with each
+With random parameters, at the smallest images, in float32; six minutes on one core, of which CI takes a twelfth with each
 commit.
 """
 
@@ -44,7 +44,7 @@ def test_packing_saves() -> None:
 
 @pytest.mark.zoo
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("entry", cases(FAILURES, "packed ", parts=6))
+@pytest.mark.parametrize("entry", cases(FAILURES, "packed ", parts=12))
 def test_packed_is_converted(entry: dict[str, Any]) -> None:
     base, many = prepare(entry)
     rounds = entry["name"] in ROUNDING
