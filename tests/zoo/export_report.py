@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,12 @@ def check(family: str, entry: dict[str, Any]) -> Row:
             "compile_train": lambda: [train_compiled(model, x[:batch]) for batch in BATCHES],
         }
         return Row(entry["name"], family, **{name: attempt(run) for name, run in tried.items()})
+
+
+def check_alone(family: str, entry: dict[str, Any]) -> Row:
+    """The same in a process of its own, for torch's exporters keep what they have seen."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(check, family, entry).result()
 
 
 def attempt(run: Callable[[], object]) -> str:
@@ -184,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = parse(text) if versions() in text else []  # figures of other versions are not mixed with these
     rows = {row.family: row for row in kept if row.family in entries}
     todo = [family for family in options.only or entries if family not in rows or options.only]
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=4) as pool:
-        waiting = [pool.submit(check, family, entries[family]) for family in todo]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [pool.submit(check_alone, family, entries[family]) for family in todo]
         for future in as_completed(waiting):
             try:
                 row = future.result()

@@ -1,7 +1,7 @@
 """The smallest architecture of every family of timm, packed; and packing.md is what packing gives.
 
-With random parameters, at the smallest images, in float32; six minutes on one core, of which CI takes a twelfth with each
-commit.
+With random parameters, at the smallest images, in float32; six minutes on one core, of which CI takes a twelfth with
+each commit.
 """
 
 from __future__ import annotations
