@@ -99,12 +99,32 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequ
         raise ExportError(
             f"The weights take {size / 2**30:.1f} GiB, and an ONNX file holds 2. Export model.half(), or as .pt2."
         )
+    _lay_out_attention(program)
     with quiet():
         found = torch.onnx.export(program, dynamo=True, verbose=False)
     assert found is not None
     _set_output_names(found.model.graph, outputs)
     found.model.metadata_props[METADATA] = json.dumps(facts)
     path.write_bytes(found.model_proto.SerializeToString())  # its own `save` puts large weights into a second file
+
+
+def _lay_out_attention(program: torch.export.ExportedProgram) -> None:
+    """Lay the results of fused attention out in rows, in place.
+
+    torch.onnx traces a program twice. In between the operator of fused attention may become another, whose result lies
+    in another order, and a view of it that was taken in the first trace is an error in the second (torch 2.14: attention
+    with a bias, of images or texts of a batch of any size).
+    """
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            with graph.inserting_after(node):
+                rows = graph.call_function(
+                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+            rows.meta = dict(node.meta)
+            node.replace_all_uses_with(rows, delete_user_cb=lambda user, rows=rows: user is not rows)
+    program.graph_module.recompile()
 
 
 def _set_output_names(graph: Any, names: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ from families import FAMILIES, LIMIT, TOO_LARGE
 from masksurgery.export import difference, largest
 
 EXPORT = Path(__file__).with_name("export.md")
+README = Path(__file__).parents[2] / "README.md"
+MARKS = ("<!-- export: begin -->\n", "<!-- export: end -->\n")
 OK = "ok"
 BATCHES = (4, 7)
 
@@ -179,6 +181,12 @@ smallest images that it takes, n=2, scale=2, default sites. Files take batches o
 {table(TITLES, lines)}"""
 
 
+def in_readme(text: str, rows: Sequence[Row]) -> str:
+    """The README with the summary of these rows between its marks."""
+    before, _, rest = text.partition(MARKS[0])
+    return before + MARKS[0] + summary(rows) + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
@@ -201,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[row.family] = row
             print(row.architecture, {name: text for name, text in row.checks.items() if text != OK} or OK, flush=True)
             EXPORT.write_text(write(list(rows.values())), encoding="utf-8")
+    README.write_text(in_readme(README.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
     print(summary(list(rows.values())), end="")
     return 0
 
