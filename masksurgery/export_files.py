@@ -112,8 +112,8 @@ def _lay_out_attention(program: torch.export.ExportedProgram) -> None:
     """Lay the results of fused attention out in rows, in place.
 
     torch.onnx traces a program twice. In between the operator of fused attention may become another, whose result lies
-    in another order, and a view of it that was taken in the first trace is an error in the second (torch 2.14: attention
-    with a bias, of images or texts of a batch of any size).
+    in another order, and a view of it that was taken in the first trace is an error in the second (torch 2.14, where
+    attention has a bias and the batch is dynamic).
     """
     graph = program.graph_module.graph
     for node in list(graph.nodes):
