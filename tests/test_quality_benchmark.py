@@ -408,12 +408,16 @@ def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report
 
 def test_the_readme_shows_what_was_found(script: ModuleType, report: ModuleType, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    begin, end = report.CHOICES
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n{begin}old\n{end}last\n")
     found = [rows([result("base", 0.5, 0.4)], seed=seed) for seed in range(2)]
     report.write_report(found, tmp_path, readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{report.BEGIN}**LeNet on Fashion-MNIST, 10,000 images**, 2 seeds:\n\n|")
-    assert text.endswith(f"{report.END}after\n") and lines_of(text)["base model"][:2] == [
+    assert text.endswith(
+        f"{report.END}after\n{begin}**LeNet on Fashion-MNIST, 10,000 images**, 2 seeds:\n\n{end}last\n"
+    )
+    assert lines_of(text)["base model"][:2] == [
         "0.900 ± 0.000",
         "0.400 ± 0.000",
     ]

@@ -52,6 +52,7 @@ scale and sites, trained at the same cost.
 The seeds differ in initial weights, masks and batches; images are split in one way, so that the errors are those of
 training. The patients of diabetes are split anew for each seed, but out of the same 442."""
 BEGIN, END = "<!-- quality: begin -->\n", "<!-- quality: end -->\n"
+CHOICES = "<!-- choices: begin -->\n", "<!-- choices: end -->\n"
 GAINS = {"nll": "NLL", "calibrated": "NLL at its temperature", "entropy": "AUROC entropy"}
 """What shares of gains are said of."""
 
@@ -72,7 +73,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
         return
     if readme is not None:
         text = update_readme(readme.read_text(encoding="utf-8"), readme_tables(found, base_macs))
-        readme.write_text(text, encoding="utf-8")
+        choices = [heading(task, found[task]) + variations(by_task[task], base_macs[task]) for task in found]
+        readme.write_text(update_readme(text, "\n".join(choices), *CHOICES), encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
     plot_methods({title: (macs, chosen(some)) for title, macs, some in plots.values()}, folder / "quality.png")
     pairs = {TASKS[task].title: (base_macs[task], variations_of(by_task[task])) for task in found}
@@ -114,15 +116,19 @@ def readme_tables(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str
         for title, setting in some.items():
             cells = [mean_and_error(setting.values(figure)) for figure in shown]
             lines.append([title, *cells, macs_cell(setting, base_macs[task])])
-        count = len(settings[0].results)
-        heading = f"**{TASKS[task].title}**, {count} seed{'' if count == 1 else 's'}:"
-        parts.append(f"{heading}\n\n{markdown(['', *shown.values(), 'MACs'], lines)}")
+        parts.append(heading(task, settings) + markdown(["", *shown.values(), "MACs"], lines))
     return "\n".join(parts)
 
 
-def update_readme(text: str, tables: str) -> str:
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return text[:start] + tables + text[end:]
+def heading(task: str, settings: Sequence[Setting]) -> str:
+    count = len(settings[0].results)
+    return f"**{TASKS[task].title}**, {count} seed{'' if count == 1 else 's'}:\n\n"
+
+
+def update_readme(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README with these tables between its marks."""
+    before, mark, rest = text.partition(begin)
+    return before + mark + tables + rest[rest.index(end) :]
 
 
 def main_table(task: str, settings: Mapping[str, Setting], base_macs: int) -> str:
