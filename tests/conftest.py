@@ -1,8 +1,14 @@
-"""Settings that hold for every test: one torch thread, repeatable properties."""
+"""Settings that hold for every test: one torch thread, repeatable properties, and how Keras starts where it is used."""
 
 import os
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that a test starts take it over
+
+# Keras reads these when it is imported: the backend, and instead of ~/.keras/keras.json a folder without settings.
+os.environ.setdefault("KERAS_BACKEND", "torch")
+KERAS_HOME = tempfile.TemporaryDirectory(prefix="keras-")
+os.environ["KERAS_HOME"] = KERAS_HOME.name
 
 import torch
 from hypothesis import settings

@@ -38,7 +38,7 @@ def convert(
 
     Args:
         base: A built model with one output and channels last; left unchanged. Models in it are inlined: the layer
-            `conv` of a nested model `backbone` becomes `backbone.conv`.
+            `conv` of a nested model `backbone` becomes `backbone_conv`.
         n: Number of members.
         scale: At least 1; larger means less overlap between the masks.
         where: "all", or "head": only what the output layers read, which a pretrained model survives untrained.

@@ -31,7 +31,8 @@ class Node:
 
     Attributes:
         op: The layer or operation of the base model.
-        name: Its name; inside of nested models theirs stand before it, with dots.
+        name: Its name in the converted model; inside of nested models theirs stand before it: `backbone_conv1`. (A dot
+            in a name is what PyTorch, as a backend, does not take.)
         call: Which call of it, from 0.
         args: Positional arguments, with a Value for each tensor.
         kwargs: The same, by name.
@@ -126,6 +127,7 @@ class _Reader:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.calls: Counter[int] = Counter()
+        self.names: dict[int, str] = {}
 
     def read(self, model: Any, inputs: Sequence[Value], prefix: str, given: Mapping[str, Any]) -> list[Value]:
         """The outputs of a model for given inputs; its calls are appended to `nodes`.
@@ -138,9 +140,17 @@ class _Reader:
             args, kwargs = source.arguments.convert(lambda x: values[id(x)] if _is_symbolic(x) else x)
             op = source.operation
             taken = {name: given[name] for name in given if name in getattr(op, "_call_context_args", ())}
-            outputs = self._call(op, f"{prefix}{op.name}", args, {**kwargs, **taken}, source.outputs)
+            outputs = self._call(op, self._name(op, f"{prefix}{op.name}"), args, {**kwargs, **taken}, source.outputs)
             values |= {id(x): value for x, value in zip(source.outputs, outputs, strict=True)}
         return [values[id(x)] for x in model.outputs]
+
+    def _name(self, op: Any, name: str) -> str:
+        """The name of a layer or operation: that of its first call, which nothing else has."""
+        if id(op) not in self.names:
+            while name in self.names.values():
+                name += "_"
+            self.names[id(op)] = name
+        return self.names[id(op)]
 
     def _call(self, op: Any, name: str, args: Any, kwargs: dict[str, Any], outputs: Sequence[Any]) -> list[Value]:
         if isinstance(op, (keras.Sequential, Functional)):
@@ -169,7 +179,7 @@ class _Reader:
                     f"The nested model '{name}' takes {x.dtype} {x.shape}, and is called with {value.dtype} "
                     f"{value.shape}: Keras would change it on the way in. Give it what it takes."
                 )
-        return self.read(model, inputs, f"{name}.", given)
+        return self.read(model, inputs, f"{name}_", given)
 
 
 def _in_order(model: Any) -> Iterator[Any]:

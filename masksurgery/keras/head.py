@@ -54,9 +54,6 @@ def _last_activation(graph: Graph) -> str:
         kind = kind_of(node)
         if kind in ("mix", "depthwise", "pointwise") and node.is_layer:
             kind = {"pointwise": "plain"}.get(activation_kind(node.op), activation_kind(node.op))
-        if kind == "plain" and _is_linear(node.op):
-            value = node.inputs[0]
-            continue
         if kind == "softmax":
             return "unknown" if moved else "softmax"  # the classes are not where they were
         if kind in ("gate", "unknown"):
@@ -66,11 +63,6 @@ def _last_activation(graph: Graph) -> str:
         moved = moved or not (flow.passes(node) or kind == "move")
         (value,) = node.inputs[:1]
     return "plain"
-
-
-def _is_linear(op: Any) -> bool:
-    """An Activation that hands on what it gets, as at the end of models in mixed precision."""
-    return type(op) is keras.layers.Activation and op.activation is keras.activations.linear
 
 
 def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -101,7 +102,7 @@ def kind_of(node: Node) -> Kind:
         return "mix" if LAYERS.get(inner) == "mix" or name == "Bidirectional" else "unknown"
     kind = (LAYERS if node.is_layer else OPS).get(name, "unknown") if is_keras(op, strictly=False) else "unknown"
     if name == "Activation":
-        return activation_kind(op)
+        return "pass" if op.activation is keras.activations.linear else activation_kind(op)
     if kind == "reshape":
         return _reshape_kind(node)
     if kind == "permute":
@@ -113,7 +114,7 @@ def kind_of(node: Node) -> Kind:
     if kind == "divide":  # what is divided by another branch is scaled by it, in a way that no gate is
         return "pointwise" if len(node.inputs) == 1 and node.args and node.args[0] is node.inputs[0] else "unknown"
     if kind in ("add", "mul") and len(node.inputs) == 1:
-        return "pointwise"
+        return "gate" if kind == "mul" and _is_hard_sigmoid(node) else "pointwise"
     if name in ("Conv1D", "Conv2D", "Conv3D") and op.groups == node.inputs[0].shape[-1] and op.groups > 1:
         return "depthwise"
     return kind
@@ -155,6 +156,14 @@ def scales_channels(node: Node) -> bool:
         if len(shape) > rank or any(size != 1 for size in shape[:-1]):
             return False
     return True
+
+
+def _is_hard_sigmoid(node: Node) -> bool:
+    """A ReLU up to some height, divided by it: how MobileNetV3 of keras.applications writes its gates."""
+    source = node.inputs[0].node
+    height = getattr(source.op, "max_value", None) if source and base_name(source.op) == "ReLU" else None
+    factors = [leaf for leaf in node.args if isinstance(leaf, (int, float))]
+    return height is not None and len(factors) == 1 and math.isclose(factors[0] * float(height), 1)
 
 
 def _stateful(op: Any) -> bool:

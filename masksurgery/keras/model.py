@@ -42,6 +42,8 @@ class ConvertedModel(keras.Model):
         self.task, self.from_logits = task, from_logits
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        # Told to every layer: left open, Keras takes over the mode of whichever layer the base model called with one.
+        training = bool(training)
         rows = super().call(inputs, training=training, mask=mask)
         return rows if training else aggregate(rows, self.surgery.n, self.task, self.from_logits)
 

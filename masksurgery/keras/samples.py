@@ -24,44 +24,42 @@ def find_mixed(graph: Graph) -> dict[Node, str]:
     order, and how many there are, must not matter to any of them. No mask may reach what fails.
     """
     sizes = {value.shape[:1] for value in graph.inputs}
-    by_sample = set(graph.inputs) if len(sizes) == 1 else {v for v in graph.inputs if v.shape[:1] == (None,)}
-    tried: dict[int, str | None] = {}
+    in_rows = set(graph.inputs) if len(sizes) == 1 else {v for v in graph.inputs if v.shape[:1] == (None,)}
     mixed: dict[Node, str] = {}
     for node in graph.nodes:
-        foreign = [value.name for value in node.inputs if value not in by_sample]
+        foreign = [value.name for value in node.inputs if value not in in_rows]
         if foreign:
             mixed[node] = f"unknown: '{node.name}' reads '{foreign[0]}', which has no row for each sample"
-        elif not keeps_samples(node):
-            reason = _try_out(node)
-            tried[id(node)] = reason
-            if reason:
-                mixed[node] = f"unknown: '{node.name}' ({type(node.op).__name__}) {reason}"
-        if node not in mixed:
-            by_sample.update(node.outputs)
+            continue
+        has_rows, reason = (True, None) if keeps_samples(node) else _try_out(node)
+        if reason:
+            mixed[node] = f"unknown: '{node.name}' ({type(node.op).__name__}) {reason}"
+        if has_rows:
+            in_rows.update(node.outputs)
     return mixed
 
 
-def _try_out(node: Node) -> str | None:
-    """Why an operation cannot be trusted with the samples of several members; None if it can."""
-    values = list(dict.fromkeys(node.inputs))
+def _try_out(node: Node) -> tuple[bool, str | None]:
+    """Whether what an operation returns has a row for each sample, and why it may not see several members; or None."""
     rng = np.random.default_rng(0)
-    rows = {value: _random(value, rng) for value in values}
+    rows = {value: _random(value, rng) for value in dict.fromkeys(node.inputs)}
+    op = clone(node.op, node.op.name)
+    picks = ([0, 1, 2], [2, 0], [1])
     try:
-        op = clone(node.op, f"{node.op.name}_trial")
-        all_rows = list(_run(op, node, rows, [0, 1, 2]))
+        list(_run(op, node, rows, picks[0]))
         for variable in getattr(op, "weights", ()):
             if keras.backend.is_float_dtype(variable.dtype):  # zeros would hide what they are multiplied with
                 variable.assign(rng.uniform(0.5, 1.5, variable.shape))
-        all_rows = list(_run(op, node, rows, [0, 1, 2]))
-        for picked in ([2, 0], [1]):
-            for y, part in zip(all_rows, _run(op, node, rows, picked), strict=True):
-                if y.shape[:1] != (3,) or part.shape[:1] != (len(picked),):
-                    return "does not return a row for each sample"
-                if not np.allclose(part, y[picked], rtol=1e-4, atol=1e-4):
-                    return "does not treat each sample by itself"
+        found = [list(_run(op, node, rows, picked)) for picked in picks]
     except Exception as error:  # what anybody's layer may raise; then nothing is known of it
-        return f"cannot be tried out on its own ({type(error).__name__}: {error})"
-    return None
+        return False, f"cannot be tried out on its own ({type(error).__name__}: {error})"
+    if any(y.shape[:1] != (len(picked),) for picked, outputs in zip(picks, found, strict=True) for y in outputs):
+        return False, "does not return a row for each sample"
+    for picked, outputs in zip(picks, found, strict=True):
+        for y, part in zip(found[0], outputs, strict=True):
+            if y[picked].shape != part.shape or not np.allclose(part, y[picked], rtol=1e-4, atol=1e-4):
+                return True, "does not treat each sample by itself"
+    return True, None
 
 
 def _run(op: Any, node: Node, rows: dict[Value, np.ndarray], picked: list[int]) -> Iterator[np.ndarray]:

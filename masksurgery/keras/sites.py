@@ -43,8 +43,6 @@ def find_places(graph: Graph, config: ConvertConfig, mixed: dict[Node, str]) -> 
     """
     candidates, skipped = _select(graph, config)
     unsafe = _before(graph, mixed)
-    if mixed and graph.output.node in mixed:
-        unsafe |= {node: mixed[graph.output.node] for node in graph.nodes if node not in unsafe}
     find = _find_head if config.where == "head" else _find_all
     places, more = find(graph, candidates, config, unsafe)
     skipped += more
@@ -108,12 +106,14 @@ def _find_all(
         chain = flow.chain(node)
         end = chain[-1].outputs[0]
         fate = flow.fate(end, masked)
-        reason = _forbidden(node, end, unsafe)
-        if reason and forced:
-            raise SiteError(f"include names '{node.name}', which cannot be masked: {reason}.")
+        wrong = _forbidden(node, end, unsafe)
+        if wrong and forced:
+            raise SiteError(f"include names '{node.name}', which cannot be masked: {wrong}.")
+        reason = unsafe.get(node)
         if not reason and not forced and (fate.reason or node in flow.gated):
             first = fate.reason if fate.reason and not fate.reason.startswith("masked") else None
             reason = first or flow.gated.get(node) or fate.reason
+        reason = reason or wrong
         if reason or end in masked and masked[end] == node.name:
             skipped.append(Skipped(node.name, reason or "masked: at the same place"))
             continue
