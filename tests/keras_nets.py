@@ -52,9 +52,7 @@ def resnet_logits() -> Net:
     y = L.Add()([conv(L.ReLU(name="d_act")(conv(x, 12, "d")), 12, "e"), conv(x, 12, "shortcut", 1)])
     out = L.Dense(5, name="out")(L.GlobalAveragePooling2D()(y))
     sites = {"stem": "stem_act", "a": "a_act", "b": "b_bn", "d": "d_act", "e": "e_bn", "shortcut": "shortcut_bn"}
-    return Net(
-        keras.Model(inputs, out), {(k, 0): v for k, v in sites.items()}, OUT, {"task": "classification"}
-    )
+    return Net(keras.Model(inputs, out), {(k, 0): v for k, v in sites.items()}, OUT, {"task": "classification"})
 
 
 def squeeze_excite() -> Net:
@@ -123,7 +121,9 @@ def nested() -> Net:
 
 def siamese() -> Net:
     """A nested model that is called twice, and two inputs by name."""
-    inner = keras.Sequential([keras.Input((5,)), L.Dense(6, activation="relu", name="d"), L.Dense(4, name="e")], name="s")
+    inner = keras.Sequential(
+        [keras.Input((5,)), L.Dense(6, activation="relu", name="d"), L.Dense(4, name="e")], name="s"
+    )
     a, b = keras.Input((5,), name="a"), keras.Input((5,), name="b")
     x = L.Concatenate()([inner(a), inner(b)])
     out = L.Dense(1, name="out")(x)
@@ -171,8 +171,6 @@ def arithmetic() -> Net:
     x = ops.matmul(ops.reshape(x, (-1, 4, 2)), np.ones((2, 3), "float32"))
     x = L.Dense(6, activation="relu", name="c")(L.Flatten()(x))
     out = L.Dense(1, name="out")(x)
-    a_end = x  # only for its name
-    del a_end
     relu = next(op.name for op in keras.Model(inputs, out).operations if type(op).__name__ == "Relu")
     skipped = {"b": "reshaped", **OUT}
     return Net(keras.Model(inputs, out), {("a", 0): relu, ("c", 0): "c"}, skipped, {"task": "regression"})
@@ -240,30 +238,30 @@ def run_masked(base: Any, x: Any, masks: Masks) -> np.ndarray:
         model = model._functional if isinstance(model, keras.Sequential) else model
         known = {id(symbol): value for symbol, value in zip(model.inputs, given, strict=True)}
 
-        def value(symbol: Any) -> Any:
-            if not isinstance(symbol, keras.KerasTensor):
-                return symbol
-            if id(symbol) not in known:
-                op, index, _ = symbol._keras_history
-                node, name = op._inbound_nodes[index], prefix + op.name
-                args, kwargs = node.arguments.convert(value)
-                if "training" in kwargs:  # what the model is called with overrules it
-                    kwargs["training"] = False
-                if isinstance(op, keras.Model):
-                    outputs = run(op, tree.flatten(args), f"{name}_")
-                else:
-                    outputs = tree.flatten(op(*args, **kwargs))
-                    factor = masks.get((name, calls[name]))
-                    calls[name] += 1
-                    if factor is not None:
-                        time_steps = getattr(outputs[0], "_keras_mask", None)
-                        outputs[0] = outputs[0] * ops.convert_to_tensor(factor)
-                        if time_steps is not None:
-                            outputs[0]._keras_mask = time_steps
-                known.update({id(symbol): out for symbol, out in zip(node.outputs, outputs, strict=True)})
-            return known[id(symbol)]
+        def value(leaf: Any) -> Any:
+            return known[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
 
-        return [value(symbol) for symbol in model.outputs]
+        by_depth = model._nodes_by_depth  # Keras' own order
+        for node in (node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]):
+            if node.is_input:
+                continue
+            op, name = node.operation, prefix + node.operation.name
+            args, kwargs = node.arguments.convert(value)
+            if "training" in kwargs:  # what the model is called with overrules it
+                kwargs["training"] = False
+            if isinstance(op, keras.Model):
+                outputs = run(op, tree.flatten(args), f"{name}_")
+            else:
+                outputs = tree.flatten(op(*args, **kwargs))
+                factor = masks.get((name, calls[name]))
+                calls[name] += 1
+                if factor is not None:
+                    time_steps = getattr(outputs[0], "_keras_mask", None)
+                    outputs[0] = outputs[0] * ops.convert_to_tensor(factor)
+                    if time_steps is not None:
+                        outputs[0]._keras_mask = time_steps
+            known.update({id(symbol): out for symbol, out in zip(node.outputs, outputs, strict=True)})
+        return [known[id(symbol)] for symbol in model.outputs]
 
     (out,) = run(base, [ops.convert_to_tensor(leaf) for leaf in tree.flatten(x)], "")
     return to_numpy(out)

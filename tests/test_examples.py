@@ -43,6 +43,20 @@ def test_digits_example_trains_converts_and_evaluates_with_one_loop() -> None:
     assert 0 < 3 * disagreement[0] < disagreement[1]
 
 
+def test_keras_example_shows_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load_example("keras_digits")
+    assert sum("mk.convert(" in line for line in (EXAMPLES / "keras_digits.py").read_text().splitlines()) == 1
+    result = example.main()
+    base, by_hand, converted = (result[name] for name in ("base", "layers by hand", "converted"))
+    assert base[0] > 0.9 and base[2:] == [0, 0]
+    for accuracy, nll, seen, upside_down in (by_hand, converted):
+        assert accuracy > base[0] - 0.03 and 0 < nll < base[1] + 0.12
+        assert 0 < 2 * seen < upside_down
+    example.show(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+
+
 @pytest.fixture(scope="module")
 def photos() -> ModuleType:
     return load_example("imagenet_photos")

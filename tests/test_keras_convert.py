@@ -7,10 +7,14 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import layers as L
-from keras_nets import NETS, check_members, inputs_of, lenet, randomise, to_numpy
+from torch import nn
 
+import masksurgery
 import masksurgery.keras as mk
+from keras_nets import NETS, check_members, inputs_of, lenet, randomise, to_numpy
+from masksurgery.types import LayoutError, MasksurgeryError, TraceError
 
 TOLERANCE = 5e-5
 
@@ -70,11 +74,10 @@ def test_one_seed_one_set_of_masks_and_streams_of_sites_differ() -> None:
     assert not np.array_equal(one[0], one[1])
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="what torch's convert imports, Triton, crashes beside TensorFlow"
+)
 def test_masks_are_those_of_the_torch_convert() -> None:
-    from torch import nn
-    import torch
-    import masksurgery
-
     net = nn.Sequential()
     net.add_module("first", nn.Linear(5, 16))
     net.add_module("last", nn.Linear(16, 2))
@@ -238,7 +241,7 @@ def dense(*sizes: int, **last: Any) -> keras.Model:
     ],
 )
 def test_models_that_cannot_be_read(base: Any, message: str) -> None:
-    with pytest.raises((mk.convert.__globals__["ConfigError"].__mro__[1]), match=message):
+    with pytest.raises((TraceError, LayoutError), match=message):
         mk.convert(base(), 4, 2.0, task="classification")
 
 
@@ -246,7 +249,7 @@ def test_channels_first_is_an_error() -> None:
     inputs = keras.Input((3, 8, 8))
     x = L.Conv2D(4, 3, data_format="channels_first", name="cf")(inputs)
     base = keras.Model(inputs, L.Dense(2, activation="softmax")(L.Flatten()(x)))
-    with pytest.raises(ValueError, match="'cf' .Conv2D. has data_format='channels_first'"):
+    with pytest.raises(MasksurgeryError, match=r"'cf' \(Conv2D\) has data_format='channels_first'"):
         mk.convert(base, 4, 2.0)
 
 
@@ -268,7 +271,7 @@ def test_channels_first_is_an_error() -> None:
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(base: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MasksurgeryError, match=message):
         mk.convert(base(), **settings)
 
 
@@ -276,10 +279,11 @@ def test_what_comes_last_must_be_known() -> None:
     inputs = keras.Input((4,))
     x = L.Dense(6, activation="relu")(inputs)
     base = keras.Model(inputs, L.Lambda(keras.ops.softmax)(L.Dense(3, name="out")(x)))
-    with pytest.raises(ValueError, match="Pass from_logits=True or False"):
+    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
         mk.convert(base, task="classification")
     model = mk.convert(base, task="classification", from_logits=False)
-    assert [site.layer for site in model.surgery.sites] == [site.layer for site in model.surgery.sites if site.layer != "out"]
+    (skip,) = model.surgery.skipped  # a mask would have to be followed through the Lambda
+    assert skip.layer == "out" and skip.reason.startswith("unknown: no rule follows channels through 'lambda")
 
 
 class Forgetful(L.Dense):
@@ -295,5 +299,5 @@ def test_a_layer_that_cannot_be_made_again_is_named() -> None:
     layer = Forgetful(5)
     layer.name = "own"
     base = keras.Model(inputs, L.Dense(3, activation="softmax")(layer(inputs)))
-    with pytest.raises(ValueError, match="'own' .Forgetful. cannot be made again from its get_config"):
+    with pytest.raises(MasksurgeryError, match=r"'own' \(Forgetful\) cannot be made again from its get_config"):
         mk.convert(base)

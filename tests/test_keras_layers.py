@@ -14,10 +14,10 @@ import pytest
 import torch
 from keras import layers as L
 from keras import ops
-from keras_nets import to_numpy
 
 import masksurgery
 import masksurgery.keras as mk
+from keras_nets import to_numpy
 from masksurgery.types import ConfigError, MaskError
 
 KINDS = {2: mk.Masksembles1D, 3: mk.Masksembles1D, 4: mk.Masksembles2D, 5: mk.Masksembles3D}

@@ -13,21 +13,17 @@ import numpy as np
 import pytest
 from keras import layers as L
 from keras import ops
-from keras_nets import NETS, inputs_of, randomise, to_numpy
 
 import masksurgery
 import masksurgery.keras as mk
+from keras_nets import NETS, inputs_of, randomise, to_numpy
 from masksurgery.keras.head import aggregate
 from masksurgery.keras.layers import Members
 
 
 def classifier(*, last: str | None = "softmax", classes: int = 3, policy: str | None = None) -> keras.Model:
-    base = keras.Sequential(
-        [
-            keras.Input((6,)), L.Dense(16, activation="relu", name="a", dtype=policy),
-            L.Dense(12, activation="tanh", name="b", dtype=policy), L.Dense(classes, activation=last, name="out", dtype=policy),
-        ]
-    )  # fmt: skip
+    hidden = [L.Dense(16, activation="relu", name="a", dtype=policy), L.Dense(12, "tanh", name="b", dtype=policy)]
+    base = keras.Sequential([keras.Input((6,)), *hidden, L.Dense(classes, last, name="out", dtype=policy)])
     randomise(base)
     return base
 
@@ -180,7 +176,9 @@ def test_frozen_batch_norm_stays_and_dropout_acts_in_training_only() -> None:
     frozen = [to_numpy(w) for w in model.get_layer("back_conv_bn").weights]
     model.compile("sgd", "sparse_categorical_crossentropy")
     model.fit(x, np.arange(6) % 4, batch_size=3, verbose=0)
-    assert all(np.array_equal(a, to_numpy(b)) for a, b in zip(frozen, model.get_layer("back_conv_bn").weights, strict=True))
+    assert all(
+        np.array_equal(a, to_numpy(b)) for a, b in zip(frozen, model.get_layer("back_conv_bn").weights, strict=True)
+    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -233,7 +231,7 @@ def test_describe() -> None:
         "not masked: 1",
         "  out: output layer: its channels reach the model's output with no convolution or Dense in between",
     ]
-    assert masksurgery.Surgery(**{**vars(model.surgery)}) == model.surgery
+    assert masksurgery.Surgery(**vars(model.surgery)) == model.surgery
 
 
 def test_it_is_no_part_of_another_functional_model() -> None:

@@ -12,7 +12,7 @@ import masksurgery
 from architecture import PACKAGE, PICTURE, RANKS, SOURCE, draw, find_imports, own_imports, read_sources
 
 TIMM_ALLOWED = {"tracing", "checkpoint", "data", "transforms", "images", "optimisation", "cli", "factory", "adapt"}
-HEAVY = ("timm", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
+HEAVY = ("timm", "keras", "rich", "typer", "matplotlib", "huggingface_hub", "torchvision")
 
 
 def find_faults(sources: dict[str, str]) -> list[str]:

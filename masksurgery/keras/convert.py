@@ -62,7 +62,7 @@ def convert(
         exclude=_several("exclude", exclude), rescale=rescale, seed=seed,
     )  # fmt: skip
     graph = read_graph(base)
-    task, logits = resolve_task(graph, task, from_logits)  # type: ignore[assignment]
+    kind, logits = resolve_task(graph, task, from_logits)
     places, skipped = find_places(graph, config, find_mixed(graph))
     builder = _Builder(graph, config, places)
     inputs, outputs = builder.build()
@@ -70,7 +70,7 @@ def convert(
     surgery = Surgery(
         int(n), float(scale), int(seed), sites, tuple(skipped), _notes(base), output_layers=output_layers(graph)
     )
-    model = ConvertedModel(inputs, outputs, name=graph.name, surgery=surgery, task=task, from_logits=logits)
+    model = ConvertedModel(inputs, outputs, name=graph.name, surgery=surgery, task=kind, from_logits=logits)
     builder.copy_weights()
     return model
 
@@ -162,7 +162,12 @@ class _Builder:
         name = self._unused(f"{layer.name}_mask" + (f"_{layer.call}" if layer.call else ""))
         seed = site_seed(self.config.seed, layer.name, layer.call)
         self.masks[value] = mask_type(len(value.shape))(
-            self.config.n, self.config.scale, rescale=self.config.rescale, seed=seed, data_format="channels_last", name=name
+            self.config.n,
+            self.config.scale,
+            rescale=self.config.rescale,
+            seed=seed,
+            data_format="channels_last",
+            name=name,
         )
         x = self.own[value] if value in self.own else self._repeat(value)
         self.masked[value] = self.masks[value](x, members=self.members)

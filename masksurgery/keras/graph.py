@@ -133,15 +133,19 @@ class _Reader:
         """The outputs of a model for given inputs; its calls are appended to `nodes`.
 
         Args:
-            given: Keyword arguments of the call of a nested model (`training`), which its layers are called with.
+            given: What a nested model is called with: `training`, which it hands on to its layers.
         """
         values = {id(x): value for x, value in zip(model.inputs, inputs, strict=True)}
+
+        def read_value(leaf: Any) -> Any:
+            return values[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
+
         for source in _in_order(model):
-            args, kwargs = source.arguments.convert(lambda x: values[id(x)] if _is_symbolic(x) else x)
+            args, kwargs = source.arguments.convert(read_value)
             op = source.operation
-            taken = {name: given[name] for name in given if name in getattr(op, "_call_context_args", ())}
+            taken = given if getattr(op, "_call_has_training_arg", False) else {}
             outputs = self._call(op, self._name(op, f"{prefix}{op.name}"), args, {**kwargs, **taken}, source.outputs)
-            values |= {id(x): value for x, value in zip(source.outputs, outputs, strict=True)}
+            values.update({id(x): value for x, value in zip(source.outputs, outputs, strict=True)})
         return [values[id(x)] for x in model.outputs]
 
     def _name(self, op: Any, name: str) -> str:
@@ -174,7 +178,9 @@ class _Reader:
             raise TraceError(f"The nested model '{name}' is called with another structure than its inputs have.")
         for value, x in zip(inputs, model.inputs, strict=True):
             floating = keras.backend.is_float_dtype
-            if len(value.shape) != len(x.shape) or (value.dtype != x.dtype and not floating(value.dtype) & floating(x.dtype)):
+            if len(value.shape) != len(x.shape) or (
+                value.dtype != x.dtype and not floating(value.dtype) & floating(x.dtype)
+            ):
                 raise TraceError(
                     f"The nested model '{name}' takes {x.dtype} {x.shape}, and is called with {value.dtype} "
                     f"{value.shape}: Keras would change it on the way in. Give it what it takes."
@@ -209,10 +215,6 @@ def _needed(nodes: Sequence[Node], output: Value) -> list[Node]:
             needed.add(node)
             stack.extend(node.inputs)
     return [node for node in nodes if node in needed]
-
-
-def _is_symbolic(x: Any) -> bool:
-    return isinstance(x, keras.KerasTensor)
 
 
 def _value(node: Node | None, x: Any) -> Value:

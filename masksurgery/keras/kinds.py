@@ -14,10 +14,11 @@ Kind = str
 """mix, depthwise, norm, pointwise, gate, softmax, pass, pool, move (the channels stay last), join (they become part of
 the last dimension), split (they do not stay together), add, mul, concat, unknown"""
 
-CANDIDATES = (
+_CANDIDATES = (
     "Dense Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose Conv3DTranspose SeparableConv1D SeparableConv2D "
     "DepthwiseConv1D DepthwiseConv2D"
-).split()
+)
+CANDIDATES = frozenset(_CANDIDATES.split())
 ATTENTION = ("MultiHeadAttention", "GroupedQueryAttention", "GroupQueryAttention", "Attention", "AdditiveAttention")
 
 _LAYERS: dict[Kind, str] = {

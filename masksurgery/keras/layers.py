@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -111,7 +111,7 @@ class _Masksembles(keras.layers.Layer):
         own = {"n": self.n, "scale": self.scale, "rescale": self.rescale, "seed": seed}
         return {**super().get_config(), **own, "data_format": "channels_last"}
 
-    def _fail(self, shape: tuple[int | None, ...], seen: str) -> None:
+    def _fail(self, shape: tuple[int | None, ...], seen: str) -> NoReturn:
         raise MaskError(f"{type(self).__name__} '{self.name}': the input of shape {shape} {seen}.")
 
 

@@ -88,8 +88,10 @@ class ConvertedModel(keras.Model):
 
 def _read_surgery(record: Mapping[str, Any]) -> Surgery:
     """What `Surgery.to_dict` wrote, after JSON made lists of its tuples."""
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-    sites = [{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()} for site in plain["sites"]]
-    plain["sites"] = tuple(Site(**site) for site in sites)
-    plain["skipped"] = tuple(Skipped(**skip) for skip in plain["skipped"])
-    return Surgery(**plain)
+    sites = tuple(Site(**_tuples(site)) for site in record["sites"])
+    skipped = tuple(Skipped(**skip) for skip in record["skipped"])
+    return Surgery(**{**_tuples(record), "sites": sites, "skipped": skipped})
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}

@@ -114,7 +114,7 @@ def _find_all(
             first = fate.reason if fate.reason and not fate.reason.startswith("masked") else None
             reason = first or flow.gated.get(node) or fate.reason
         reason = reason or wrong
-        if reason or end in masked and masked[end] == node.name:
+        if reason or (end in masked and masked[end] == node.name):
             skipped.append(Skipped(node.name, reason or "masked: at the same place"))
             continue
         in_chain.update(chain[1:])
