@@ -26,18 +26,13 @@ class ConvertedModel(keras.Model):
         from_logits: The base model ended in logits.
     """
 
-    def __init__(
-        self,
-        inputs: Any,
-        outputs: Any,
-        name: str | None = None,
-        *,
-        surgery: Surgery | Mapping[str, Any],
-        task: str,
-        from_logits: bool,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(inputs, outputs, name=name, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what a functional model takes, and `surgery`, `task` and `from_logits`.
+
+        Only with these two parameters do all versions of Keras save and load a subclass as a functional model.
+        """
+        surgery, task, from_logits = (kwargs.pop(name) for name in ("surgery", "task", "from_logits"))
+        super().__init__(*args, **kwargs)
         self.surgery = surgery if isinstance(surgery, Surgery) else _read_surgery(surgery)
         self.task, self.from_logits = task, from_logits
 
