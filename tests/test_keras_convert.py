@@ -101,6 +101,19 @@ def test_head_masks_only_what_the_output_layer_reads() -> None:
     assert len(repeats) == 1  # everything before is computed once
 
 
+def test_head_of_a_single_layer_masks_the_input() -> None:
+    base = keras.Sequential([keras.Input((8,), name="features"), L.Dense(3, activation="softmax", name="out")])
+    randomise(base)
+    x = inputs_of(base, rows=4)
+    model = mk.convert(base, 3, 2.0, where="head")
+    (site,) = model.surgery.sites
+    assert (site.layer, site.node, site.channels) == ("out", "features", 8)
+    masks = to_numpy(model.get_layer(site.mask).masks) * np.float32(8 / site.ones)
+    members = to_numpy(model(x)["members"])
+    for i in range(3):
+        np.testing.assert_allclose(members[:, i], to_numpy(base(x * masks[i])), rtol=1e-4, atol=1e-6)
+
+
 def test_include_and_exclude() -> None:
     base = NETS["resnet_logits"]().model
 

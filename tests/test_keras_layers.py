@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import random
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,17 @@ def test_sequential_of_the_reference_trains_and_its_files_hold_the_masks(tmp_pat
     np.testing.assert_allclose(other.predict(x, batch_size=8, verbose=0), wanted, atol=1e-6)
 
 
+def test_the_examples_in_the_docstrings_show_what_is_so() -> None:
+    finder, told, run = doctest.DocTestFinder(exclude_empty=True), [], set()
+    for name in ("layers", "convert"):
+        module = import_module(f"masksurgery.keras.{name}")
+        for example in finder.find(module, globs={"keras": keras, "mk": mk, "np": np}):
+            doctest.DocTestRunner().run(example, out=told.append)
+            run.add(example.name.rpartition(".")[2])
+    assert run == {"Masksembles1D", "Masksembles2D", "Masksembles3D", "convert"}
+    assert not told, "".join(told)
+
+
 @pytest.mark.parametrize("policy", ["float16", "mixed_bfloat16", "float64"])
 def test_dtype_policies(policy: str) -> None:
     layer = mk.Masksembles1D(4, 2.0, rescale=True, seed=0, dtype=policy)
@@ -154,6 +167,7 @@ def test_time_steps_that_are_padding_stay_masked() -> None:
         (lambda: mk.Masksembles3D(4, 2.0).build((None, 3, 3, 10)), MaskError, "has 4 dimensions, not 5"),
         (lambda: mk.Masksembles1D(4, 2.0).build((10,)), MaskError, "has 1 dimensions, not 2 or more"),
         (lambda: mk.Masksembles1D(4, 2.0).build((None, None)), MaskError, "does not say how many channels"),
+        (lambda: mk.Masksembles1D(4, 2.0, seed=np.random.default_rng()), MaskError, "cannot be saved with the layer"),
         (lambda: mk.Masksembles1D(4, 2.0, seed=-1).build((None, 10)), MaskError, "seed=-1 is not what"),
     ],
 )

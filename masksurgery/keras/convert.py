@@ -56,6 +56,17 @@ def convert(
         SiteError: Nothing can be masked, or a name matches no layer.
     Source:
         Durasov et al. 2021, arXiv:2012.08334.
+    Example:
+        >>> layers = [keras.layers.Dense(16, "relu", name="hidden"), keras.layers.Dense(3, "softmax", name="out")]
+        >>> model = mk.convert(keras.Sequential([keras.Input((6,)), *layers]))
+        >>> print(model.describe())
+        4 members, scale 2, seed 0: 1 masks
+          hidden: 8 of 16 channels, after hidden
+        not masked: 1
+          out: output layer: its channels reach the model's output with no convolution or Dense in between
+        >>> p = model.predict(np.ones((5, 6)), verbose=0)
+        >>> p["mean"].shape, p["variance"].shape, p["members"].shape
+        ((5, 3), (5, 3), (5, 4, 3))
     """
     config = ConvertConfig(
         n=n, scale=scale, where=where, include=None if include is None else _several("include", include),
@@ -118,7 +129,7 @@ class _Builder:
         for value in self.graph.inputs:
             self.shared[value] = keras.Input(value.shape[1:], dtype=value.dtype, name=value.name)
         first = self.shared[self.graph.inputs[0]]
-        self.members, self.samples = Members(self.config.n, name=self._unused("members"))(first)
+        self.members, self.samples = Members(int(self.config.n), name=self._unused("members"))(first)
         for value in self.graph.inputs:
             self._mask(value)
         for node in self.graph.nodes:

@@ -62,10 +62,8 @@ class _Masksembles(keras.layers.Layer):
                 f"{type(self).__name__}: data_format={seen!r}, and only 'channels_last' can be masked. "
                 f"Pass data_format='channels_last' and permute the input, or use the layers of masksurgery itself."
             )
-        if seed is not None and not isinstance(seed, (int, np.integer)):
-            seed = [int(part) for part in seed]
         self.n, self.scale, self.rescale = int(n), float(scale), bool(rescale)
-        self.seed = int(seed) if isinstance(seed, np.integer) else seed
+        self.seed = self._plain(seed)
         self.supports_masking = True  # of time steps, as in Keras: each row keeps its own
 
     def build(self, input_shape: Sequence[int | None]) -> None:
@@ -111,6 +109,18 @@ class _Masksembles(keras.layers.Layer):
         own = {"n": self.n, "scale": self.scale, "rescale": self.rescale, "seed": seed}
         return {**super().get_config(), **own, "data_format": "channels_last"}
 
+    def _plain(self, seed: Any) -> int | list[int] | None:
+        """A seed as JSON can hold it."""
+        if seed is None:
+            return None
+        try:
+            return int(seed) if isinstance(seed, (int, np.integer)) else [int(part) for part in seed]
+        except (TypeError, ValueError) as error:
+            raise MaskError(
+                f"{type(self).__name__}: seed={seed!r} cannot be saved with the layer. Pass a non-negative integer, a "
+                f"sequence of them, or None for fresh entropy."
+            ) from error
+
     def _fail(self, shape: tuple[int | None, ...], seen: str) -> NoReturn:
         raise MaskError(f"{type(self).__name__} '{self.name}': the input of shape {shape} {seen}.")
 
@@ -119,20 +129,34 @@ class _Masksembles(keras.layers.Layer):
 class Masksembles1D(_Masksembles):
     """Masks the channels of vectors [b, c] and tokens [b, t, c].
 
-    Masksembles1D(4, 2.0)(keras.ops.ones((4, 10))) has five ones in each row, and row i shows member i's mask.
+    Example:
+        >>> layer = mk.Masksembles1D(4, 2.0)
+        >>> rows = keras.ops.convert_to_numpy(layer(np.ones((4, 10))))  # row i shows member i's mask
+        >>> [int(row.sum()) for row in rows]
+        [5, 5, 5, 5]
     """
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Masksembles2D(_Masksembles):
-    """Masks the channels of images [b, h, w, c]."""
+    """Masks the channels of images [b, h, w, c].
+
+    Example:
+        >>> tuple(mk.Masksembles2D(4, 2.0)(np.ones((8, 3, 3, 16))).shape)
+        (8, 3, 3, 16)
+    """
 
     rank = 4
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Masksembles3D(_Masksembles):
-    """Masks the channels of volumes [b, d, h, w, c]."""
+    """Masks the channels of volumes [b, d, h, w, c].
+
+    Example:
+        >>> tuple(mk.Masksembles3D(4, 2.0)(np.ones((8, 2, 3, 3, 16))).shape)
+        (8, 2, 3, 3, 16)
+    """
 
     rank = 5
 
