@@ -126,7 +126,7 @@ def test_the_examples_in_the_docstrings_show_what_is_so() -> None:
         module = import_module(f"masksurgery.keras.{name}")
         for example in finder.find(module, globs={"keras": keras, "mk": mk, "np": np}):
             doctest.DocTestRunner().run(example, out=told.append)
-            run.add(example.name.rpartition(".")[2])
+            run |= {example.name.rpartition(".")[2]} if example.examples else set()
     assert run == {"Masksembles1D", "Masksembles2D", "Masksembles3D", "convert"}
     assert not told, "".join(told)
 
