@@ -47,7 +47,7 @@ def main() -> dict[str, list[float]]:
     keras.utils.set_random_seed(0)
     base = build()
     fit(base, epochs=20)
-    by_hand = build(lambda: mk.Masksembles2D(N, 2.0), lambda: mk.Masksembles1D(N, 2.0))
+    by_hand = build(lambda: mk.Masksembles2D(N, 2.0, seed=0), lambda: mk.Masksembles1D(N, 2.0, seed=0))
     fit(by_hand, epochs=20)
     model = mk.convert(base, n=N, scale=2.0)  # the one line
     fit(model, epochs=10)

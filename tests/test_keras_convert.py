@@ -37,6 +37,19 @@ def test_sites_are_those_worked_out_by_hand_and_members_are_the_masked_base(name
     assert all(np.array_equal(a, to_numpy(b)) for a, b in zip(weights, net.model.weights, strict=True))
 
 
+def test_the_base_is_not_called() -> None:
+    net = NETS["nested"]()
+    every = [*net.model.layers, *net.model.get_layer("back").layers, *net.model.get_layer("top").layers]
+
+    def calls() -> list[tuple[int, int, bool]]:
+        return [(len(layer._inbound_nodes), len(layer._outbound_nodes), layer.trainable) for layer in every]
+
+    before = calls()
+    model = mk.convert(net.model, 3, 2.0)
+    assert calls() == before
+    assert not {id(layer) for layer in model._flatten_layers()} & {id(layer) for layer in every}
+
+
 def test_depthwise_chain_is_recorded() -> None:
     model = mk.convert(NETS["depthwise"]().model, 4, 2.0)
     assert {site.layer: site.chain for site in model.surgery.sites}["expand"] == ("dw",)

@@ -38,7 +38,7 @@ _LAYERS: dict[Kind, str] = {
     "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D RepeatVector Resizing",
     "reshape": "Flatten Reshape",
     "permute": "Permute",
-    "add": "Add Subtract Average Maximum Minimum",
+    "add": "Add Subtract Average Maximum Minimum CustomScaleLayer",
     "mul": "Multiply",
     "concat": "Concatenate",
 }
