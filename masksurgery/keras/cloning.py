@@ -17,16 +17,21 @@ def clone(op: Any, name: str) -> Any:
         TraceError: Its configuration does not make another one.
     """
     try:
-        config = {**op.get_config(), "name": name}
+        config = op.get_config()
+        if isinstance(op, keras.layers.Layer) or "name" in config:  # operations of older versions take no name
+            config = {**config, "name": name}
         if type(op) is keras.layers.Lambda:  # from_config refuses Python's lambdas, which here come from no file
             functions = {"function": op.function, "output_shape": op._output_shape, "mask": op.mask}
             return keras.layers.Lambda(**{**config, **functions})
-        return type(op).from_config(config)
+        made = type(op).from_config(config)
     except Exception as error:  # whatever get_config and from_config of a class of somebody's own may raise
         raise TraceError(
             f"'{name}' ({type(op).__name__}) cannot be made again from its get_config(): {error}. Give the class a "
             f"get_config() that returns all arguments of its constructor."
         ) from error
+    if made.name != name:
+        made.name = name
+    return made
 
 
 def copy_weights(source: Any, target: Any, name: str) -> None:
