@@ -16,7 +16,7 @@ from keras import ops
 
 import masksurgery
 import masksurgery.keras as mk
-from keras_nets import NETS, inputs_of, randomise, to_numpy
+from keras_nets import NETS, check_members, inputs_of, randomise, to_numpy
 from masksurgery.keras.head import aggregate
 from masksurgery.keras.layers import Members
 
@@ -119,6 +119,18 @@ def test_regression_gives_mean_and_variance() -> None:
     assert found.keys() == {"mean", "variance", "members"} and found["members"].shape == (5, 3, 2)
     np.testing.assert_allclose(found["mean"], found["members"].mean(1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["variance"], found["members"].var(1), rtol=1e-4, atol=1e-6)
+
+
+def test_augmentation_and_recurrent_layers_go_along() -> None:
+    augment = keras.Sequential([L.RandomFlip("horizontal"), L.RandomZoom(0.1)], name="augment")
+    inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(6, 3, activation="relu", name="conv")(L.Rescaling(0.5)(augment(inputs)))
+    x = L.TimeDistributed(L.Dense(6, activation="relu"))(L.Reshape((6, 36))(x))
+    base = keras.Model(inputs, L.Dense(3, activation="softmax", name="out")(L.Bidirectional(L.GRU(4))(x)))
+    randomise(base)
+    model = mk.convert(base, 3, 2.0)
+    assert [site.layer for site in model.surgery.sites] == ["conv"]
+    assert check_members(base, model, inputs_of(base, rows=3)) < 5e-5
 
 
 def test_half_precision_is_raised_in_the_head() -> None:

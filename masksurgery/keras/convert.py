@@ -60,7 +60,7 @@ def convert(
         >>> layers = [keras.layers.Dense(16, "relu", name="hidden"), keras.layers.Dense(3, "softmax", name="out")]
         >>> model = mk.convert(keras.Sequential([keras.Input((6,)), *layers]))
         >>> print(model.describe())
-        4 members, scale 2, seed 0: 1 masks
+        4 members, scale 2, seed 0: 1 mask
           hidden: 8 of 16 channels, after hidden
         not masked: 1
           out: output layer: its channels reach the model's output with no convolution or Dense in between

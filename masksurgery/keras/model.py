@@ -66,7 +66,9 @@ class ConvertedModel(keras.Model):
     def describe(self) -> str:
         """A line for each layer: what is masked, and why the others are not."""
         record = self.surgery
-        lines = [f"{record.n} members, scale {record.scale:g}, seed {record.seed}: {len(record.sites)} masks"]
+        count = len(record.sites)
+        masks = f"{count} mask" if count == 1 else f"{count} masks"
+        lines = [f"{record.n} members, scale {record.scale:g}, seed {record.seed}: {masks}"]
         for site in record.sites:
             call = f", call {site.call + 1}" if site.call else ""
             others = f", with {', '.join(site.chain)}" if site.chain else ""

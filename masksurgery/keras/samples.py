@@ -13,7 +13,7 @@ from masksurgery.keras.cloning import clone
 from masksurgery.keras.graph import Graph, Node, Value
 from masksurgery.keras.kinds import keeps_samples
 
-UNKNOWN_SIZE = 8
+UNKNOWN_SIZE = 32
 """What stands for a size that is not known, such as the height of an image of any size."""
 
 
