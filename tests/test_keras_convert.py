@@ -312,6 +312,44 @@ def test_what_comes_last_must_be_known() -> None:
     assert skip.layer == "out" and skip.reason.startswith("unknown: no rule follows channels through 'lambda")
 
 
+def test_a_mean_of_two_heads_is_probabilities_if_one_says_so() -> None:
+    inputs = keras.Input((4,))
+    x = L.Dense(6, activation="relu", name="hidden")(inputs)
+    heads = [L.Dense(3, activation="softmax", name=name)(x) for name in ("one", "two")]
+    base = keras.Model(inputs, L.Average()(heads))
+    randomise(base)
+    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
+        mk.convert(base, task="classification")
+    model = mk.convert(base, 3, task="classification", from_logits=False)
+    assert [site.layer for site in model.surgery.sites] == ["hidden"]
+    assert model.surgery.output_layers == ("one", "two")
+    assert check_members(base, model, inputs_of(base, rows=3)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (lambda x: L.Softmax()(x), ("classification", False)),
+        (lambda x: L.Activation("linear", dtype="float32")(keras.ops.softmax(x)), ("classification", False)),
+        (lambda x: L.Reshape((3, 1))(L.Activation("sigmoid")(x)), ("multilabel", False)),
+        (lambda x: keras.ops.sigmoid(x), ("multilabel", False)),
+        (lambda x: keras.ops.relu6(x + 3.0) / 6.0, ("multilabel", False)),
+        (lambda x: x / 2.0, None),
+        (lambda x: L.Reshape((3, 1))(L.Softmax()(x)), None),
+    ],
+)
+def test_the_task_is_read_from_the_last_activation(last: Any, expected: Any) -> None:
+    inputs = keras.Input((4,))
+    base = keras.Model(inputs, last(L.Dense(3, name="out")(L.Dense(6, activation="relu", name="hidden")(inputs))))
+    if expected is None:
+        with pytest.raises(MasksurgeryError, match=r"without a softmax or sigmoid.*Pass task="):
+            mk.convert(base)
+    else:
+        model = mk.convert(base)
+        assert (model.task, model.from_logits) == expected
+        assert [site.layer for site in model.surgery.sites] == ["hidden"]
+
+
 class Forgetful(L.Dense):
     def __init__(self, size: int) -> None:
         super().__init__(size, activation="relu")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from masksurgery.keras.flow import Flow
-from masksurgery.keras.graph import Graph
+from masksurgery.keras.graph import Graph, Value
 from masksurgery.keras.kinds import activation_kind, kind_of
 from masksurgery.types import ConfigError, check_choice
 
@@ -47,22 +47,32 @@ def resolve_task(graph: Graph, task: str | None, from_logits: bool | None) -> tu
 
 
 def _last_activation(graph: Graph) -> str:
-    """softmax, gate (a sigmoid), plain or unknown: what the output comes from, seen through what computes nothing."""
-    flow, value, moved = Flow(graph), graph.output, False
-    while value.node is not None:
-        node = value.node
-        kind = kind_of(node)
-        if kind in ("mix", "depthwise", "pointwise") and node.is_layer:
-            kind = {"pointwise": "plain"}.get(activation_kind(node.op), activation_kind(node.op))
-        if kind == "softmax":
-            return "unknown" if moved else "softmax"  # the classes are not where they were
-        if kind in ("gate", "unknown"):
-            return kind
-        if not (flow.passes(node) or kind in ("move", "join", "split")):
-            return "plain"
-        moved = moved or not (flow.passes(node) or kind == "move")
-        (value,) = node.inputs[:1]
-    return "plain"
+    """softmax, gate (a sigmoid), plain (of a layer without either) or unknown: what the output comes from."""
+    known: dict[Value, str] = {}
+
+    def look(value: Value) -> str:
+        if value not in known:
+            known[value] = _activation_of(value, look)
+        return known[value]
+
+    return look(graph.output)
+
+
+def _activation_of(value: Value, look: Callable[[Value], str]) -> str:
+    node = value.node
+    if node is None:
+        return "plain"
+    kind = kind_of(node)
+    if kind in ("mix", "depthwise"):
+        return {"pointwise": "plain"}.get(activation_kind(node.op), activation_kind(node.op))
+    if kind in ("softmax", "gate", "unknown"):
+        return kind
+    before = {look(source) for source in node.inputs}
+    if kind in ("pass", "move"):
+        return before.pop()
+    if before == {"gate"} and kind in ("join", "split"):  # of a softmax the classes are not where they were
+        return "gate"
+    return "plain" if before == {"plain"} else "unknown"
 
 
 def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]:

@@ -73,10 +73,13 @@ LAYERS, OPS, ACTIVATIONS = _by_name(_LAYERS), _by_name(_OPS), _by_name(_ACTIVATI
 
 def base_name(op: Any) -> str:
     """The name of the Keras class that an object is of, subclasses included; of another class its own name."""
-    for kind in type(op).__mro__:
-        if kind.__module__.split(".")[0] == "keras" and kind.__name__ in (LAYERS if is_layer(op) else OPS):
-            return kind.__name__
-    return type(op).__name__
+    return _known_class(op) or type(op).__name__
+
+
+def _known_class(op: Any) -> str | None:
+    table = LAYERS if is_layer(op) else OPS
+    names = (kind.__name__ for kind in type(op).__mro__ if kind.__module__.split(".")[0] == "keras")
+    return next((name for name in names if name in table), None)
 
 
 def is_layer(op: Any) -> bool:
@@ -92,7 +95,7 @@ def is_keras(op: Any, strictly: bool = True) -> bool:
     """Its class is one of Keras' own; not strictly: or derived from one that the tables know."""
     if type(op).__module__.split(".")[0] == "keras":
         return True
-    return not strictly and base_name(op) != type(op).__name__
+    return not strictly and _known_class(op) is not None
 
 
 def kind_of(node: Node) -> Kind:
@@ -112,10 +115,10 @@ def kind_of(node: Node) -> Kind:
         return "concat" if op.axis % len(node.outputs[0].shape) else "unknown"
     if kind in ("norm", "softmax"):
         return kind if _over_channels(node, kind) else "unknown"
-    if kind == "divide":  # what is divided by another branch is scaled by it, in a way that no gate is
-        return "pointwise" if len(node.inputs) == 1 and node.args and node.args[0] is node.inputs[0] else "unknown"
-    if kind in ("add", "mul") and len(node.inputs) == 1:
-        return "gate" if kind == "mul" and _is_hard_sigmoid(node) else "pointwise"
+    if kind == "divide" and (len(node.inputs) > 1 or not node.args or node.args[0] is not node.inputs[0]):
+        return "unknown"  # a zero divides something
+    if kind in ("add", "mul", "divide") and len(node.inputs) == 1:
+        return "gate" if _is_hard_sigmoid(node) else "pointwise"
     if name in ("Conv1D", "Conv2D", "Conv3D") and op.groups == node.inputs[0].shape[-1] and op.groups > 1:
         return "depthwise"
     return kind
@@ -161,10 +164,14 @@ def scales_channels(node: Node) -> bool:
 
 def _is_hard_sigmoid(node: Node) -> bool:
     """A ReLU up to some height, divided by it: how MobileNetV3 of keras.applications writes its gates."""
-    source = node.inputs[0].node
-    height = getattr(source.op, "max_value", None) if source and base_name(source.op) == "ReLU" else None
-    factors = [leaf for leaf in node.args if isinstance(leaf, (int, float))]
-    return height is not None and len(factors) == 1 and math.isclose(factors[0] * float(height), 1)
+    source, name = node.inputs[0].node, base_name(node.op)
+    height = getattr(source.op, "max_value", None) if source else None
+    if source and base_name(source.op) == "Relu6":
+        height = 6.0
+    numbers = [leaf for leaf in node.args if isinstance(leaf, (int, float))]
+    if not height or len(numbers) != 1 or not numbers[0] or name not in ("Multiply", "Divide", "TrueDivide"):
+        return False
+    return math.isclose(numbers[0] * float(height) if name == "Multiply" else numbers[0] / float(height), 1)
 
 
 def _stateful(op: Any) -> bool:
