@@ -16,10 +16,14 @@ from masksurgery.types import MaskError
 logger = logging.getLogger(__name__)
 
 UNSAVED = (
-    "masksembles 1.1.1 leaves its masks out of the state_dict. Weights from a checkpoint were trained with masks that "
-    "cannot be had from the file: fine-tune them, or build the model after the same numpy.random.seed, adopt it, "
-    "and save it again, now with its masks."
+    "masksembles 1.1.1 leaves its masks out of the state_dict, and torch-uncertainty on a GPU. Weights from such "
+    "a checkpoint were trained with masks that cannot be had from the file: fine-tune them, or (masksembles) build the "
+    "model after the same numpy.random.seed, adopt it, and save it again, now with its masks."
 )
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Kind:
     channel_dim: int | None = None
 
 
-# Recognised by the name of the class, so that none of these packages has to be imported or installed.
+# Recognised by the name of the class and a tensor `masks`: none of these packages has to be imported or installed.
 KINDS = {
     "Masksembles1D": Kind(Masksembles1D),  # masksembles
     "Masksembles2D": Kind(Masksembles2D, (3, 2)),  # masksembles, probly
@@ -47,14 +51,15 @@ KINDS = {
 def adopt(model: nn.Module) -> nn.Module:
     """Replace, in place, the mask layers of other packages by Masksembles1D and Masksembles2D with the same masks.
 
-    Known are the layers of masksembles (1.1.1, and older ones that keep their masks as float64 parameters),
-    torch-uncertainty, probly and lightning-uq-box. Each is compared with what replaces it, on random rows and in eval
-    mode: the outputs are equal bit by bit in float32. What is new: the masks are boolean buffers in the state_dict, a
-    batch need not be a multiple of n, and half precision and channels_last stay what they are. The rest of the model,
-    and how it is used (inputs repeated n times, member after member), stays as it is.
+    Known are the layers of masksembles (1.1.1, and older ones that keep their masks as float64 parameters), of
+    torch-uncertainty, of probly's repository and of lightning-uq-box, and subclasses of them. Each is compared with
+    what replaces it, on random rows and in eval mode: the outputs are equal bit by bit in float32. What is new: the
+    masks are boolean buffers in the state_dict, a batch need not be a multiple of n, and half precision and
+    channels_last stay what they are. The rest of the model, and how it is used (inputs repeated n times, member after
+    member), stays as it is; a layer of masksembles 1.1.1 makes n rows of a single one, and so does what replaces it.
 
-    Checkpoints of the older masksembles and of torch-uncertainty load into the adopted model as they are. Those of
-    masksembles 1.1.1 hold no masks: a warning says so, here and when one is loaded.
+    Checkpoints with masks load into the adopted model as they are; the state of an optimiser that counted them as
+    parameters does not. Those of masksembles 1.1.1 hold none: a warning says so, here and when one is loaded.
 
     probly's layers draw a member for each sample of a training batch; ours deal the samples out in order, as those of
     all other packages do.
@@ -84,40 +89,49 @@ def adopt(model: nn.Module) -> nn.Module:
     if not found:
         raise MaskError(_nothing_found(model))
     adopted = {layer: _replacement(name or type(layer).__name__, layer) for layer, name in found.items()}
-    unsaved = sum("masks" in layer._non_persistent_buffers_set for layer in found)
+    parents = list(model.modules())
+    if any(parent._modules.get("_orig_mod") in adopted for parent in parents):
+        raise MaskError("adopt: a mask layer is compiled by itself, as it is. Adopt the model first, then compile it.")
+    unsaved = sum("masks" not in layer.state_dict() for layer in found)
     if unsaved:
         logger.warning("%s: no checkpoint of it holds its masks (%d). %s", type(model).__name__, unsaved, UNSAVED)
-    if model in adopted:
-        return adopted[model]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() leaves out second names
+    for parent in parents:
+        for name, child in parent._modules.items():  # named_children() leaves out second names
             if child in adopted:
-                setattr(parent, name, adopted[child])
-    model.register_load_state_dict_post_hook(_tell_of_missing_masks)
-    return model
+                parent._modules[name] = adopted[child]
+    return adopted.get(model, model)
+
+
+def _kind(layer: nn.Module) -> Kind | None:
+    if isinstance(layer, _Masksembles):
+        return None
+    return next((KINDS[base.__name__] for base in type(layer).__mro__ if base.__name__ in KINDS), None)
 
 
 def _is_foreign(layer: nn.Module) -> bool:
-    return type(layer).__name__ in KINDS and not isinstance(layer, _Masksembles)
+    masks = getattr(layer, "masks", None)
+    return _kind(layer) is not None and isinstance(masks, Tensor) and masks.dim() == 2
 
 
 def _nothing_found(model: nn.Module) -> str:
     if any(isinstance(layer, _Masksembles) for layer in model.modules()):
         return f"adopt: the mask layers in {type(model).__name__} are masksurgery's already."
     return (
-        f"adopt: {type(model).__name__} has no mask layer of another package (one of {', '.join(KINDS)}). "
-        "A model without any gets them from masksurgery.convert."
+        f"adopt: {type(model).__name__} has no mask layer of another package, of a class {', '.join(KINDS)} with a "
+        "tensor `masks` [n, channels]. A model without any gets them from masksurgery.convert."
     )
 
 
-def _replacement(name: str, layer: nn.Module) -> Masksembles1D | Masksembles2D:
+def _replacement(name: str, layer: nn.Module) -> _Masksembles:
     """Our layer with the masks of `layer`, once both are seen to compute the same."""
-    kind = KINDS[type(layer).__name__]
-    masks = getattr(layer, "masks", None)
-    if not isinstance(masks, Tensor) or masks.dim() != 2:
-        _fail(name, layer, "has no tensor `masks` [n, channels]")
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    kind, masks = _kind(layer), layer.masks
+    assert kind is not None and isinstance(masks, Tensor)
+    if any(getattr(layer, hooks, None) for hooks in HOOKS):
         _fail(name, layer, "has hooks, which would be lost. Remove them first")
+    if hasattr(layer, "parametrizations"):
+        _fail(name, layer, "is parametrised. Remove its parametrisations first")
+    if masks.is_meta:
+        _fail(name, layer, "is on the meta device, where masks have no values. Adopt the model once it has its weights")
     rows = masks.detach().cpu()
     if not ((rows == 0) | (rows == 1)).all():
         _fail(name, layer, "has masks of other numbers than 0 and 1")
@@ -128,17 +142,30 @@ def _replacement(name: str, layer: nn.Module) -> Masksembles1D | Masksembles2D:
     except MaskError as error:
         _fail(name, layer, f"cannot be replaced: {error}")
     ours.to(masks.device).eval()
-    x = torch.randn(2 * n, channels, *kind.spatial, generator=torch.Generator().manual_seed(0)).to(masks.device)
+    _compare(name, layer, ours, kind.spatial)
+    ours.register_load_state_dict_pre_hook(_read_masks)
+    return ours.train(layer.training)
+
+
+def _compare(name: str, layer: nn.Module, ours: _Masksembles, spatial: tuple[int, ...]) -> None:
+    """See that both give the same, for all members and for a single row, of which masksembles 1.1.1 makes n rows."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * ours.n, ours.channels, *spatial, generator=draws, device="cpu").to(ours.masks.device)
     with torch.no_grad():
         try:
-            theirs: Any = copy.deepcopy(layer).eval()(
-                x
-            )  # a copy: a forward may count, and must not before all is checked
+            theirs = copy.deepcopy(layer).eval()  # a forward may count, and must not before all is checked
+            seen: Any = theirs(x)
         except Exception as error:  # whatever another package's code raises
             raise MaskError(f"adopt: {_what(name, layer)} fails on {tuple(x.shape)}: {error}") from error
-        if not (isinstance(theirs, Tensor) and theirs.shape == x.shape and torch.equal(theirs.to(x.dtype), ours(x))):
+        if not (isinstance(seen, Tensor) and seen.shape == x.shape and torch.equal(seen.to(x.dtype), ours(x))):
             _fail(name, layer, "computes something else than its masks, one after another, over equal parts of a batch")
-    return ours.train(layer.training)
+        try:
+            single = theirs(x[:1])
+        except Exception:  # most take no such batch, and ours may do with it what it does
+            return
+        ours.expands_single = ours.n > 1 and len(single) == ours.n
+        if not torch.equal(single.to(x.dtype), ours(x[:1])):
+            _fail(name, layer, "computes something else than its masks for a single row")
 
 
 def implied_scale(share: float, n: int) -> float:
@@ -151,6 +178,8 @@ def implied_scale(share: float, n: int) -> float:
         What solves r = 1 / (scale (1 - (1 - 1/scale)^n)), to four digits after the point; at most 10^6, for masks that
         do not overlap.
     """
+    if share >= 1:
+        return 1.0
     low, high = 1.0, 1e6
     for _ in range(60):
         middle = (low + high) / 2
@@ -158,14 +187,15 @@ def implied_scale(share: float, n: int) -> float:
     return round(low, 4)
 
 
-def _tell_of_missing_masks(model: nn.Module, keys: Any) -> None:
-    """After a load_state_dict: whether the checkpoint lacked the masks of this model."""
-    masks = [
-        f"{name}.masks" if name else "masks" for name, layer in model.named_modules() if isinstance(layer, _Masksembles)
-    ]
-    missing = [key for key in keys.missing_keys if any(key == name or key.endswith(f".{name}") for name in masks)]
-    if missing:
-        logger.warning("The checkpoint has no %s (%d of %d). %s", missing[0], len(missing), len(masks), UNSAVED)
+def _read_masks(
+    layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, missing: list[str], *_: Any
+) -> None:
+    """Before a load_state_dict: masks of other dtypes become boolean; once for all layers, whether they are missing."""
+    key = f"{prefix}masks"
+    if key in state:
+        state[key] = state[key].bool()
+    elif not any(name.endswith("masks") for name in missing):
+        logger.warning("The checkpoint has no %s. %s", key, UNSAVED)
 
 
 def _what(name: str, layer: nn.Module) -> str:

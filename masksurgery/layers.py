@@ -150,6 +150,9 @@ class _Masksembles(nn.Module):
 
     The masks are a persistent boolean buffer `masks` [n, c], row i being member i's.
 
+    Attributes:
+        expands_single: A single row, with no decision of a root node, goes through all members and becomes n rows. So
+            do the layers of masksembles 1.1.1, which `adopt` replaces.
     Shape:
         Rows [:b] of x (n*b, ...) belong to member 0, and so on. A number of samples that is no multiple of n is dealt
         out in near-equal groups, in the same order. The output is like x in shape, dtype and memory format.
@@ -162,6 +165,7 @@ class _Masksembles(nn.Module):
     masks: Tensor
     rank: int | None = None
     default_channel_dim = 1
+    expands_single = False
 
     def __init__(
         self,
@@ -224,6 +228,7 @@ class _Masksembles(nn.Module):
         if self.rescale:
             weights = weights * (self.channels / self.kept)
         index = None if members is None else members.index
+        expand = expand or (self.expands_single and members is None and samples == 1)
         if members is None and not expand and samples % self.n:
             index = torch.arange(samples, device=x.device) * self.n // samples
         if index is not None and len(index) != samples:

@@ -13,6 +13,7 @@ import torchvision
 from masksembles.torch import Masksembles1D as Reference1D
 from masksembles.torch import Masksembles2D as Reference2D
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import masksurgery
 import peers
@@ -163,6 +164,43 @@ def test_a_layer_by_itself():
     assert not ours.training
 
 
+def test_a_single_image_goes_through_all_members():
+    """The reference makes n rows of one, which the layers behind it take for the members'."""
+    model = hand_masked_resnet18()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        adopted = adopt(model)
+        assert len(before) == N and torch.equal(adopted(x), before)
+        assert torch.equal(copy.deepcopy(adopted)(x), before)
+        assert len(adopt(small(peers.Mask2d(16, N, 2.0)))(images(1))) == 1  # its own layers take no such batch
+
+
+def test_subclasses():
+    class Mine(Reference2D): ...
+
+    model = adopt(small(Mine(16, N, 2.0)))
+    assert type(model[1]) is Masksembles2D
+
+
+def test_what_only_has_the_name_is_left_alone():
+    other = type("Mask2d", (nn.Identity,), {})()
+    model = adopt(nn.Sequential(other, small(Reference2D(16, N, 2.0))))
+    assert model[0] is other
+    assert type(model[1][1]) is Masksembles2D
+
+
+def test_a_model_that_refuses_attributes():
+    class Fixed(nn.Sequential):
+        def __setattr__(self, name: str, value: object) -> None:
+            if "mask" in type(value).__module__:
+                raise AttributeError("no")
+            super().__setattr__(name, value)
+
+    model = adopt(Fixed(nn.Conv2d(3, 16, 3), Reference2D(16, N, 2.0)))
+    assert type(model[1]) is Masksembles2D
+
+
 def test_other_batches_and_dtypes_than_the_reference_takes():
     model = adopt(small(Reference2D(16, N, 2.0)))
     assert model(images(6)).shape == (6, 16, 4, 3)
@@ -208,16 +246,27 @@ def test_who_adopts_layers_whose_masks_were_never_saved_is_told(caplog):
     assert "Sequential: no checkpoint of it holds its masks (1). masksembles 1.1.1 leaves its masks out" in caplog.text
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["the model", "a part of a model"])
+def test_masks_of_other_dtypes_become_boolean_even_where_tensors_are_taken_over():
+    ours, old = adopt(small(Reference2D(16, N, 2.0))), small(peers.Mask2d(16, N, 2.0))
+    ours.load_state_dict(old.state_dict(), assign=True)
+    assert ours[1].masks.dtype == torch.bool
+    assert torch.equal(ours[1].masks, old[1].masks.bool())
+
+
+@pytest.mark.parametrize("within", ["the model", "a part of a model", "what is wrapped"])
 def test_who_loads_a_checkpoint_without_masks_is_told(caplog, within):
     trained = small(Reference2D(16, N, 2.0))
-    adopted = adopt(small(Reference2D(16, N, 2.0)))
-    if within:
+    adopted = small(Reference2D(16, N, 2.0))
+    if within == "what is wrapped":
+        adopted = adopt(nn.DataParallel(adopted)).module
+    else:
+        adopt(adopted)
+    if within == "a part of a model":
         trained, adopted = nn.ModuleDict({"net": trained}), nn.ModuleDict({"net": adopted})
     caplog.clear()
     with caplog.at_level(logging.WARNING, "masksurgery"), pytest.raises(RuntimeError, match=r"Missing key.*1\.masks"):
         adopted.load_state_dict(trained.state_dict())
-    assert f"The checkpoint has no {'net.' if within else ''}1.masks (1 of 1). masksembles 1.1.1" in caplog.text
+    assert f"has no {'net.' if within.startswith('a part') else ''}1.masks. masksembles 1.1.1 leaves" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "masksurgery"):
         adopted.load_state_dict(trained.state_dict(), strict=False)
@@ -225,6 +274,25 @@ def test_who_loads_a_checkpoint_without_masks_is_told(caplog, within):
         caplog.clear()
         adopted.load_state_dict(adopted.state_dict())
     assert not caplog.records
+
+
+def test_who_loads_many_missing_masks_is_told_once(caplog):
+    trained, adopted = hand_masked_resnet18().state_dict(), adopt(hand_masked_resnet18())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "masksurgery"):
+        adopted.load_state_dict(trained, strict=False)
+    assert len(caplog.records) == 1
+
+
+def test_masks_that_are_no_parameters_are_in_no_checkpoint_either(caplog):
+    """What torch-uncertainty's become on a GPU: a tensor that `Parameter(...).to(device)` returned."""
+    mask = peers.Mask2d(16, N, 2.0)
+    values = mask.masks.detach()
+    del mask.masks
+    mask.masks = values
+    with caplog.at_level(logging.WARNING, "masksurgery"):
+        adopt(small(mask))
+    assert "no checkpoint of it holds its masks (1)" in caplog.text
 
 
 def test_the_masks_of_a_seeded_reference_model_can_be_had_again():
@@ -244,16 +312,20 @@ def test_the_masks_of_a_seeded_reference_model_can_be_had_again():
 
 def broken(change: str) -> nn.Module:
     mask = peers.named("Masksembles2D", peers.Counting if change == "counting" else peers.Old)(16, N, 2.0)
-    if change == "no masks":
-        del mask.masks
-    elif change == "one row":
-        mask.masks = nn.Parameter(mask.masks[0], requires_grad=False)
-    elif change == "halves":
+    if change == "halves":
         mask.masks.data *= 0.5
     elif change == "unequal":
         mask.masks.data[0] = 1
     elif change == "hook":
         mask.register_forward_hook(lambda *_: None)
+    elif change == "state hook":
+        mask.register_state_dict_post_hook(lambda *_: None)
+    elif change == "meta":
+        mask.to("meta")
+    elif change == "parametrised":
+        parametrize.register_parametrization(mask, "masks", nn.Identity())
+    elif change == "compiled":
+        return torch.compile(mask, backend="eager")
     elif change == "vectors only":
         mask.forward = lambda x: x @ x  # type: ignore[method-assign]
     return mask
@@ -262,11 +334,13 @@ def broken(change: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no masks", r"2\.1 \(peers\.Masksembles2D\) has no tensor `masks` \[n, channels\]"),
-        ("one row", r"has no tensor `masks`"),
-        ("halves", r"has masks of other numbers than 0 and 1"),
+        ("halves", r"adopt: 2\.1 \(peers\.Masksembles2D\) has masks of other numbers than 0 and 1"),
         ("unequal", r"cannot be replaced: masks have \[16, .* ones\. Every mask needs the same number"),
         ("hook", r"has hooks, which would be lost\. Remove them first"),
+        ("state hook", r"has hooks, which would be lost\. Remove them first"),
+        ("meta", r"is on the meta device, where masks have no values\. Adopt the model once it has its weights"),
+        ("parametrised", r"is parametrised\. Remove its parametrisations first"),
+        ("compiled", r"a mask layer is compiled by itself, as it is\. Adopt the model first, then compile it"),
         ("counting", r"computes something else than its masks, one after another"),
         ("vectors only", r"fails on \(8, 16, 3, 2\): "),
     ],
@@ -278,12 +352,11 @@ def test_what_cannot_be_replaced(change, message):
         adopt(model)
     assert list(model.modules()) == modules  # the first one, which could have been replaced, is there too
     assert getattr(model[2][1], "calls", None) == state
-    assert not model._load_state_dict_post_hooks
 
 
 def test_nothing_to_replace():
     with pytest.raises(
-        MaskError, match=r"adopt: Sequential has no mask layer of another package \(one of Masksembles1D, "
+        MaskError, match=r"adopt: Sequential has no mask layer of another package, of a class Masksembles1D, "
     ):
         adopt(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(MaskError, match=r"the mask layers in Sequential are masksurgery's already"):
@@ -303,5 +376,6 @@ def test_the_scale_of_masks_that_do_not_say_it(n, scale):
     assert implied_scale(kept_channels(100_000, n, scale) / 100_000, n) == pytest.approx(scale, rel=1e-3)
 
 
-def test_masks_that_do_not_overlap():
+def test_the_scale_of_masks_that_do_not_overlap_and_of_full_ones():
     assert implied_scale(0.5, 2) == pytest.approx(1e6)
+    assert implied_scale(1.0, 1) == implied_scale(1.0, 4) == 1

@@ -143,11 +143,13 @@ def parse(text: str) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many of the families can be had in each way."""
+    """How many of the families that were tried can be had in each way."""
     counts = [
         [title, f"{sum(getattr(row, name) == OK for row in rows)} of {len(rows)}"] for name, title in NAMES.items()
     ]
-    return table(("", "families"), counts)
+    tried, all_of_them = len(rows), len(candidates())
+    note = "" if tried == all_of_them else f"\n(Tried so far: {tried} of {all_of_them} families.)\n"
+    return table(("", "families"), counts) + note
 
 
 NAMES = {
