@@ -78,6 +78,8 @@ def export(
             as pickles: load only those that you wrote yourself. None: by the file's suffix.
         static: Batches of one sample, and no others, for runtimes that want all sizes fixed.
         inputs: Args (a tuple), kwargs (a dict) or a tensor of one forward, to compare on too.
+    Returns:
+        The file, its format, the names of its inputs and outputs, and by how much it differs at each batch size.
     Raises:
         ConfigError: The model is no ensemble, the format is unknown, or its packages are not installed.
         TraceError: The inputs are not what the model takes.
@@ -144,6 +146,8 @@ def export_program(model: Ensemble, *, static: bool = False) -> torch.export.Exp
     Args:
         model: In any mode. It is not changed; the program is for the device that it is on.
         static: Batches of one sample, and no others; else the batch of every input is dynamic.
+    Returns:
+        The program, which takes the inputs of the base model and returns the fields of the Prediction.
     Raises:
         ConfigError: The model is no ensemble.
         ExportError: The model cannot be exported.

@@ -88,6 +88,8 @@ def repeat_targets(y: Any, n: int) -> Any:
         y: A tensor [b, ...], or a tuple, list or dict of such tensors. Tensors without dimensions, numbers, strings
             and None belong to no sample and stay as they are.
         n: Number of members.
+    Returns:
+        The same structure, with tensors [n*b, ...].
     Raises:
         MaskError: n is not a number of members, or something in y cannot be repeated.
     Example:

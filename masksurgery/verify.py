@@ -60,12 +60,15 @@ def verify(
     Args:
         model: Converted from `base`, with the same weights. Neither is changed.
         base: The base model.
-        *args: The inputs of one forward, positional; keyword inputs follow as **kwargs.
+        *args: The inputs of one forward by position.
+        **kwargs: Those by name.
         tolerance: Largest error relative to the largest member output; by default 1e-12 in float64, 1e-4 in float32,
             2e-2 below. Run both models in float64 for the proof.
         mode: "eval", or "train" to compare a training forward: in `split` mode each sample with its member, random
             parts (dropout, stochastic depth) drawn alike in both; in `repeat` mode all members, dropout modules
             switched off, since a part that is computed once for all members draws once.
+    Returns:
+        By how much they differ, how large the outputs are, and how many sites were multiplied in by which route.
     Raises:
         VerificationError: They differ by more than the tolerance; the members do not differ although their masks do;
             or the masks are not those that the conversion decided.

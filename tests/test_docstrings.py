@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -60,7 +61,9 @@ def test_functions_say_what_they_take_return_and_raise(name):
     documented = text[text.index("Args:") :]
     for parameter in inspect.signature(function).parameters.values():
         kind = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        assert f"{kind}{parameter.name}" in documented, f"{name}: {parameter.name} is not told"
+        told = rf"^\s+{re.escape(kind + parameter.name)}\b.*:"
+        assert re.search(told, documented, re.M), f"{name}: {parameter.name} is not told"
+    assert ("Returns" in sections) == (inspect.signature(function).return_annotation not in (None, "None"))
     has_example = function.__module__ + "." + name in EXAMPLES
     assert has_example == (name not in WITHOUT_EXAMPLE), (
         f"{name}: an example is {'there' if has_example else 'missing'}"
