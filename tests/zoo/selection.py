@@ -1,4 +1,4 @@
-"""Which part of the zoo a run of the tests looks at: all of it, or a part that changes with the commit.
+"""Which part of the zoo and of other long sweeps a run of the tests looks at: all of it, or what the commit chooses.
 
 `pytest -m zoo` looks at everything. With MASKSURGERY_ZOO_SHARD=eighth, as in CI, it takes the part that the commit
 chooses (MASKSURGERY_ZOO_COMMIT, else git's HEAD; without either always the same part).
