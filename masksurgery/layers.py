@@ -233,8 +233,8 @@ class _Masksembles(nn.Module):
         expand = expand or (self.expands_single and members is None and samples == 1)
         if members is None and not expand and samples % self.n:
             index = torch.arange(samples, device=x.device) * self.n // samples
-        if index is not None and len(index) != samples:
-            self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {len(index)}")
+        if index is not None and index.shape[0] != samples:  # len() would fix the size in an export
+            self._fail(x, f"has {samples} samples in dimension {d}, and members were assigned to {index.shape[0]}")
         if index is None and not expand and samples % self.n:
             self._fail(x, f"has {samples} samples in dimension {d}, which is no multiple of n={self.n}")
         if self.outer > 1:  # the batches first, then the rows of one batch

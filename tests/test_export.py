@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import masksurgery
 from masksurgery import CheckpointError, ConfigError, ExportError, TraceError
+from masksurgery.layers import Assignment
 from masksurgery.scores import Threshold
 from nets import randomise
 
@@ -391,3 +392,22 @@ def test_compiled_without_graph_breaks_in_eval(kind: str) -> None:
             x = torch.randn(batch, 3, 12, 12)
             for a, b in zip(tree_leaves(compiled(x)), tree_leaves(model(x)), strict=True):
                 assert torch.allclose(a, b, atol=1e-5)
+
+
+class OneMember(nn.Module):
+    """A mask that packing had to leave, in the pass of one member."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = masksurgery.Masksembles1D(8, 4, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = x.new_full((x.shape[0],), 3, dtype=torch.long)
+        return self.mask(x, Assignment(1, index, True))
+
+
+def test_masks_that_packing_leaves_do_not_fix_the_batch() -> None:
+    batch = torch.export.Dim("batch", min=1)
+    model, x = OneMember(), torch.randn(5, 8)
+    program = torch.export.export(model, (torch.zeros(2, 8),), dynamic_shapes=({0: batch},), strict=False)
+    assert torch.equal(program.module()(x), x * model.mask.masks[3])
