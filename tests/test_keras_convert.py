@@ -218,6 +218,23 @@ def test_trainable_flags_come_along() -> None:
     assert not flags["back_conv"] and not flags["back_conv_bn"] and flags["top_hidden"] and flags["out"]
 
 
+def test_inputs_by_name_stay_with_their_names() -> None:
+    z, b = keras.Input((6,), name="z"), keras.Input((6,), name="b")
+    shapes = keras.Input((4,), name="a")
+    x = L.Dense(5, activation="relu", name="of_z")(z) - 0.5 * L.Dense(5, activation="relu", name="of_b")(b)
+    x = L.Concatenate()([x, L.Dense(3, name="of_a")(shapes)])
+    base = keras.Model({"z": z, "b": b, "a": shapes}, L.Dense(2, name="out")(x))  # keys that are not in order
+    randomise(base)
+    x = inputs_of(base, rows=3)
+    expected = to_numpy(base(x))
+    assert np.abs(expected - to_numpy(base({**x, "z": x["b"], "b": x["z"]}))).max() > 0.1  # they do not commute
+    model = mk.convert(base, 2, 1.0, task="regression")
+    assert {key: value.name for key, value in model.input.items()} == {"z": "z", "b": "b", "a": "a"}
+    np.testing.assert_allclose(to_numpy(model(x)["mean"]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.predict(x, verbose=0)["mean"], expected, rtol=1e-4, atol=1e-5)
+    assert check_members(base, mk.convert(base, 3, 2.0, task="regression"), x) < TOLERANCE
+
+
 def test_any_image_size_and_a_fixed_batch() -> None:
     inputs = keras.Input(batch_shape=(4, None, None, 3))
     x = L.Conv2D(6, 3, activation="relu")(inputs)
