@@ -235,6 +235,19 @@ def test_inputs_by_name_stay_with_their_names() -> None:
     assert check_members(base, mk.convert(base, 3, 2.0, task="regression"), x) < TOLERANCE
 
 
+def test_a_nested_model_with_inputs_by_name_is_inlined() -> None:
+    z, b = keras.Input((4,), name="z"), keras.Input((4,), name="b")
+    difference = L.Dense(5, activation="relu", name="of_z")(z) - L.Dense(5, activation="relu", name="of_b")(b)
+    inner = keras.Model({"z": z, "b": b}, difference, name="inner")
+    inputs = [keras.Input((4,), name=name) for name in ("one", "two")]
+    base = keras.Model(inputs, L.Dense(2, name="out")(inner({"b": inputs[1], "z": inputs[0]})))
+    randomise(base)
+    x = [np.random.default_rng(seed).normal(size=(3, 4)).astype("float32") for seed in (0, 1)]
+    model = mk.convert(base, 2, 1.0, task="regression")
+    np.testing.assert_allclose(to_numpy(model(x)["mean"]), to_numpy(base(x)), rtol=1e-4, atol=1e-5)
+    assert [site.layer for site in mk.convert(base, task="regression").surgery.sites] == ["inner_of_z", "inner_of_b"]
+
+
 def test_any_image_size_and_a_fixed_batch() -> None:
     inputs = keras.Input(batch_shape=(4, None, None, 3))
     x = L.Conv2D(6, 3, activation="relu")(inputs)

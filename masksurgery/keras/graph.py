@@ -168,7 +168,8 @@ class _Reader:
     def _inline(self, model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> list[Value]:
         model = as_functional(model, "The nested model")
         inputs = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
-        given = {key: value for key, value in kwargs.items() if value is not None}
+        # Of several tensors Keras notes their masks of time steps even if none of them has one.
+        given = {key: x for key, x in kwargs.items() if any(leaf is not None for leaf in tree.flatten(x))}
         if len(args) != 1 or set(given) - {"training"} or len(inputs) != len(model.inputs):
             raise TraceError(
                 f"The nested model '{name}' is called with {len(inputs)} tensors and {sorted(given) or 'no'} keyword "
