@@ -163,6 +163,28 @@ def test_fit_and_evaluate_with_the_loss_of_the_base(from_logits: bool) -> None:
     assert not np.array_equal(to_numpy(model.get_layer("a").kernel), kept[0])
 
 
+@pytest.mark.parametrize("last", ["softmax", None])
+def test_padding_counts_as_in_the_base(last: str | None) -> None:
+    inputs = keras.Input((None,), dtype="int32")
+    x = L.LSTM(6, return_sequences=True)(L.Embedding(7, 5, mask_zero=True)(inputs))
+    x = L.Dense(8, activation="relu", name="hidden")(x)
+    base = keras.Model(inputs, L.Dense(3, last, name="out")(x))
+    randomise(base)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 7, (5, 4)), rng.integers(0, 3, (5, 4))
+    x[0, 1:] = x[2, 3:] = x[3, 2:] = 0  # padding
+    model = mk.convert(base, 2, 1.0, task="classification")
+    found = []
+    for net in (base, model):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=last is None)
+        net.compile(keras.optimizers.SGD(0.0), loss, metrics=["accuracy"])
+        fit = net.fit(x, y, batch_size=3, shuffle=False, validation_data=(x, y), validation_batch_size=3, verbose=0)
+        seen = {f"fit {key}": value for key, (value,) in fit.history.items()}
+        found.append(seen | net.evaluate(x, y, batch_size=3, verbose=0, return_dict=True))
+    assert {"fit loss", "fit val_loss", "fit val_accuracy", "loss", "accuracy"} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_batches_smaller_than_n_train_every_member() -> None:
     base = classifier(last="sigmoid", classes=1)
     model = mk.convert(base, 4, 3.0)
