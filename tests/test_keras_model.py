@@ -121,6 +121,16 @@ def test_regression_gives_mean_and_variance() -> None:
     np.testing.assert_allclose(found["variance"], found["members"].var(1), rtol=1e-4, atol=1e-6)
 
 
+def test_sizes_may_differ_from_batch_to_batch() -> None:
+    inputs = keras.Input((None, None, 2))
+    x = L.Conv2D(6, 3, padding="same", activation="relu")(inputs)
+    model = mk.convert(keras.Model(inputs, L.Conv2D(3, 1, activation="softmax")(x)), 3, 2.0)
+    for size in (4, 2, 3):  # the second one makes TensorFlow leave the size open
+        found = model.predict(np.ones((5, size, size + 1, 2)), verbose=0)
+        assert found["mean"].shape == (5, size, size + 1, 3) and found["members"].shape == (5, 3, size, size + 1, 3)
+        np.testing.assert_allclose(found["mean"].sum(-1), 1, rtol=1e-5)
+
+
 def test_augmentation_and_recurrent_layers_go_along() -> None:
     augment = keras.Sequential([L.RandomFlip("horizontal"), L.RandomZoom(0.1)], name="augment")
     inputs = keras.Input((8, 8, 3))

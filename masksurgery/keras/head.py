@@ -91,7 +91,8 @@ def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]
         entropy. In at least float32.
     """
     x = ops.cast(rows, "float32") if keras.backend.standardize_dtype(rows.dtype) in ("float16", "bfloat16") else rows
-    x = ops.reshape(x, (n, ops.shape(x)[0] // n, *x.shape[1:]))
+    count, *shape = ops.shape(x)  # TensorFlow may not know all sizes beforehand
+    x = ops.reshape(x, (n, count // n, *shape))
     members = ops.moveaxis(x, 0, 1)
     if task == "regression":
         return {"mean": ops.mean(members, axis=1), "variance": ops.var(members, axis=1), "members": members}
