@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,69 @@ def test_half_precision_is_raised_in_the_head() -> None:
     assert {keras.backend.standardize_dtype(value.dtype) for value in found.values()} == {"float32"}
     mean = to_numpy(found["mean"])
     assert np.abs(mean.sum(1) - 1).max() < 2e-2
+
+
+@pytest.fixture
+def policy() -> Iterator[Callable[[str], None]]:
+    """Sets the global policy, until the test ends."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def loud(dtype: str) -> keras.Model:
+    """Values that float16 cannot hold, in masks and in a repeat."""
+    inputs = keras.Input((6,), name="x", dtype=dtype)
+    x = L.Rescaling(1e5, name="large")(inputs)
+    hidden = L.Dense(16, activation="relu", name="hidden")(x)
+    x = L.Concatenate()([hidden, L.Dense(6, name="other")(hidden), x])
+    return keras.Model(inputs, L.Dense(2, name="out")(L.Rescaling(1e-5, name="small")(x)))
+
+
+@pytest.mark.parametrize(("own", "when_converted"), [("float32", "mixed_float16"), ("float64", "float32")])
+def test_a_net_keeps_its_precision_under_another_policy(policy: Any, own: str, when_converted: str) -> None:
+    if own == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 unless all of the process has it")
+    policy(own)
+    base = loud(own)
+    randomise(base)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(own)
+    expected = to_numpy(base(x))
+    policy(when_converted)
+    found = mk.convert(base, 2, 1.0, task="regression")(x)
+    assert {keras.backend.standardize_dtype(value.dtype) for value in found.values()} == {own}
+    epsilon = np.finfo(own).eps
+    np.testing.assert_allclose(to_numpy(found["mean"]), expected, rtol=200 * epsilon, atol=200 * epsilon)
+    model = mk.convert(base, 3, 2.0, task="regression")
+    assert check_members(base, model, x) < 100 * epsilon
+    assert keras.config.dtype_policy().name == when_converted
+
+
+def test_a_float32_layer_in_a_net_of_half_precision_is_not_rounded(policy: Any) -> None:
+    policy("mixed_float16")
+    inputs = keras.Input((6,), name="x")
+    x = L.Dense(16, activation="relu", name="hidden", dtype="float32")(L.Dense(8, name="half")(inputs))
+    x = L.Concatenate(dtype="float32")([x, L.Rescaling(1 / 3, dtype="float32", name="third")(inputs)])
+    base = keras.Model(inputs, L.Dense(2, name="out", dtype="float32")(x))
+    randomise(base)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    one = mk.convert(base, 2, 1.0, task="regression", include=["hidden"])
+    np.testing.assert_allclose(to_numpy(one(x)["mean"]), to_numpy(base(x)), rtol=1e-5, atol=1e-6)
+    half = mk.convert(base, 2, 1.0, task="regression")
+    dtypes = {name: half.get_layer(name).compute_dtype for name in ("half_mask", "hidden_mask")}
+    assert dtypes == {"half_mask": "float16", "hidden_mask": "float32"}
+
+
+def test_large_integers_reach_the_members(policy: Any) -> None:
+    policy("mixed_float16")
+    numbers, inputs = keras.Input((3,), dtype="int32", name="numbers"), keras.Input((6,), name="x")
+    x = L.Dense(15, activation="relu", name="hidden")(inputs)
+    x = L.Concatenate()([L.Reshape((3, 5))(x), L.Embedding(5000, 4, name="table")(numbers)])
+    base = keras.Model({"numbers": numbers, "x": inputs}, L.Dense(2, name="out", dtype="float32")(L.Flatten()(x)))
+    randomise(base)
+    given = {"numbers": np.array([[4097, 2049, 4999], [1, 4095, 3]], "int32"), "x": np.ones((2, 6), "float32")}
+    found = mk.convert(base, 2, 1.0, task="regression", include=["hidden"])(given)
+    np.testing.assert_allclose(to_numpy(found["mean"]), to_numpy(base(given)), rtol=2e-3, atol=2e-3)
 
 
 # --- fit, evaluate, predict ------------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ class _Builder:
             rescale=self.config.rescale,
             seed=seed,
             data_format="channels_last",
+            dtype=value.dtype,  # not of the global policy, which need not be the model's
             name=name,
         )
         x = self.own[value] if value in self.own else self._repeat(value)

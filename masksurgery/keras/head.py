@@ -95,7 +95,7 @@ def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]
     x = ops.reshape(x, (n, count // n, *shape))
     members = ops.moveaxis(x, 0, 1)
     if task == "regression":
-        return {"mean": ops.mean(members, axis=1), "variance": ops.var(members, axis=1), "members": members}
+        return {"mean": _mean(members), "variance": _variance(members), "members": members}
     kinds = _logs(members, task, from_logits)
     p = ops.exp(kinds[0]) if from_logits else members
     means = [_log_mean(log_p, n) for log_p in kinds]
@@ -103,13 +103,22 @@ def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]
     if task == "classification":
         entropy, expected = ops.sum(entropy, axis=-1), ops.sum(expected, axis=-1)
     return {
-        "mean": ops.mean(p, axis=1),
-        "variance": ops.var(p, axis=1),
+        "mean": _mean(p),
+        "variance": _variance(p),
         "logits": means[0] if task == "classification" else means[0] - means[1],
         "entropy": entropy,
-        "mutual_information": ops.maximum(entropy - ops.mean(expected, axis=1), 0.0),
+        "mutual_information": ops.maximum(entropy - _mean(expected), 0.0),
         "members": members,
     }
+
+
+def _mean(x: Any) -> Any:
+    """Over the members, in the dtype of x: ops.mean and ops.var make float32 of float64 on PyTorch."""
+    return ops.sum(x, axis=1) / x.shape[1]
+
+
+def _variance(x: Any) -> Any:
+    return _mean(ops.square(x - ops.expand_dims(_mean(x), 1)))
 
 
 def _logs(members: Any, task: str, from_logits: bool) -> list[Any]:

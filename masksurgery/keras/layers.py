@@ -24,7 +24,7 @@ class _Masksembles(keras.layers.Layer):
 
     Shape:
         Rows [:b] of x (n*b, ..., c) belong to member 0, and so on. A number of rows that is no multiple of n is dealt
-        out in near-equal groups, in the same order. The output is like x in shape and dtype.
+        out in near-equal groups, in the same order. The output is like x in shape, and in the dtype of the layer.
     Raises:
         MaskError: x does not suit the layer, or no such masks exist.
         ConfigError: The channels are not last.
@@ -97,7 +97,8 @@ class _Masksembles(keras.layers.Layer):
             members = ops.floor_divide(ops.arange(rows, dtype="int32") * self.n, ops.maximum(rows, 1))
         weights = ops.cast(self.masks, inputs.dtype)
         if self.rescale:
-            weights = weights * ops.cast(self.channels / kept_channels(self.channels, self.n, self.scale), inputs.dtype)
+            factor = self.channels / kept_channels(self.channels, self.n, self.scale)
+            weights = weights * ops.convert_to_tensor(factor, dtype=inputs.dtype)  # a cast would go by way of float32
         picked = ops.take(weights, members, axis=0)
         return inputs * ops.reshape(picked, (-1, *(1,) * (len(inputs.shape) - 2), self.channels))
 
@@ -180,7 +181,7 @@ class Members(keras.layers.Layer):
     """
 
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.n, self.fixed = n, None
         self.seed_generator = keras.random.SeedGenerator()
 
@@ -211,7 +212,7 @@ class Repeat(keras.layers.Layer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # whatever the policy, what it gives has the dtype of x
         self.supports_masking = True
 
     def call(self, inputs: Sequence[Any]) -> Any:
