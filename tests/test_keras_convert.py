@@ -7,13 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import torch
 from keras import layers as L
-from torch import nn
 
-import masksurgery
 import masksurgery.keras as mk
 from keras_nets import NETS, check_members, inputs_of, lenet, randomise, to_numpy
+from masksurgery.masks import generate_masks, site_seed
 from masksurgery.types import LayoutError, MasksurgeryError, TraceError
 
 TOLERANCE = 5e-5
@@ -87,18 +85,33 @@ def test_one_seed_one_set_of_masks_and_streams_of_sites_differ() -> None:
     assert not np.array_equal(one[0], one[1])
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="what torch's convert imports, Triton, crashes beside TensorFlow"
-)
-def test_masks_are_those_of_the_torch_convert() -> None:
-    net = nn.Sequential()
-    net.add_module("first", nn.Linear(5, 16))
-    net.add_module("last", nn.Linear(16, 2))
-    torch_model = masksurgery.convert(net, n=4, scale=2.0, seed=3, example_inputs=(torch.zeros(1, 5),))
-    base = keras.Sequential([keras.Input((5,)), L.Dense(16, name="first"), L.Dense(2, name="last")])
-    model = mk.convert(base, 4, 2.0, seed=3, task="classification")
-    expected = torch_model.surgery.masks["first_mask"]
-    assert np.array_equal(to_numpy(model.get_layer("first_mask").masks), expected)
+def automatic() -> keras.Model:
+    """Layers with the names that Keras gives: `dense_7`, then `dense_10`."""
+    inputs = keras.Input((5,))
+    shared = L.Dense(5, activation="relu")
+    x = L.Concatenate()([shared(shared(inputs)), L.Dense(16, activation="relu")(inputs)])
+    return keras.Model(inputs, L.Dense(2)(x))
+
+
+def test_masks_do_not_depend_on_names() -> None:
+    one, other = (mk.convert(automatic(), 4, 2.0, seed=3, task="classification") for _ in range(2))
+    assert [site.layer for site in one.surgery.sites] != [site.layer for site in other.surgery.sites]
+    found = [[to_numpy(m.get_layer(site.mask).masks) for site in m.surgery.sites] for m in (one, other)]
+    # Of each convolution or Dense layer: its place among them, in the order of the graph, and the call.
+    seeds = [site_seed(3, "0", 0), site_seed(3, "0", 1), site_seed(3, "1", 0)]
+    wanted = [generate_masks(size, 4, 2.0, seed=seed) for size, seed in zip((5, 5, 16), seeds, strict=True)]
+    for masks in found:
+        assert len(masks) == 3 and all(map(np.array_equal, masks, wanted))
+
+
+@pytest.mark.parametrize("selection", [{"exclude": ["first"]}, {"include": ["second"]}])
+def test_masks_do_not_depend_on_what_else_is_masked(selection: dict[str, Any]) -> None:
+    inner = [L.Dense(16, name="first"), L.Dense(16, name="second")]
+    base = keras.Sequential([keras.Input((5,)), *inner, L.Dense(2, name="out")])
+    whole, part = (mk.convert(base, task="regression", **chosen) for chosen in ({}, selection))
+    one, other = (to_numpy(model.get_layer("second_mask").masks) for model in (whole, part))
+    assert np.array_equal(one, other) and not np.array_equal(one, to_numpy(whole.get_layer("first_mask").masks))
+    assert [site.layer for site in part.surgery.sites] == ["second"]
 
 
 def test_head_masks_only_what_the_output_layer_reads() -> None:
