@@ -12,7 +12,7 @@ from keras import layers as L
 import masksurgery.keras as mk
 from keras_nets import NETS, check_members, inputs_of, lenet, randomise, to_numpy
 from masksurgery.masks import generate_masks, site_seed
-from masksurgery.types import LayoutError, MasksurgeryError, TraceError
+from masksurgery.types import ConfigError, LayoutError, MasksurgeryError, TraceError
 
 TOLERANCE = 5e-5
 
@@ -348,7 +348,7 @@ def test_what_comes_last_must_be_known() -> None:
     inputs = keras.Input((4,))
     x = L.Dense(6, activation="relu")(inputs)
     base = keras.Model(inputs, L.Lambda(keras.ops.softmax)(L.Dense(3, name="out")(x)))
-    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
+    with pytest.raises(MasksurgeryError, match="from_logits=True or False"):
         mk.convert(base, task="classification")
     model = mk.convert(base, task="classification", from_logits=False)
     (skip,) = model.surgery.skipped  # a mask would have to be followed through the Lambda
@@ -361,7 +361,7 @@ def test_a_mean_of_two_heads_is_probabilities_if_one_says_so() -> None:
     heads = [L.Dense(3, activation="softmax", name=name)(x) for name in ("one", "two")]
     base = keras.Model(inputs, L.Average()(heads))
     randomise(base)
-    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
+    with pytest.raises(MasksurgeryError, match=r"'average.*' \(Average\) does.*from_logits=True or False"):
         mk.convert(base, task="classification")
     model = mk.convert(base, 3, task="classification", from_logits=False)
     assert [site.layer for site in model.surgery.sites] == ["hidden"]
@@ -378,7 +378,6 @@ def test_a_mean_of_two_heads_is_probabilities_if_one_says_so() -> None:
         (lambda x: keras.ops.sigmoid(x), ("multilabel", False)),
         (lambda x: keras.ops.relu6(x + 3.0) / 6.0, ("multilabel", False)),
         (lambda x: x / 2.0, None),
-        (lambda x: L.Reshape((3, 1))(L.Softmax()(x)), None),
     ],
 )
 def test_the_task_is_read_from_the_last_activation(last: Any, expected: Any) -> None:
@@ -391,6 +390,28 @@ def test_the_task_is_read_from_the_last_activation(last: Any, expected: Any) -> 
         model = mk.convert(base)
         assert (model.task, model.from_logits) == expected
         assert [site.layer for site in model.surgery.sites] == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    ("last", "seen"),
+    [
+        (lambda x: L.Softmax(axis=1, name="end")(x), r"'end' \(Softmax\)"),
+        (lambda x: L.UpSampling2D(2, name="end")(L.Softmax()(x)), r"'end' \(UpSampling2D\)"),
+        (lambda x: L.GlobalAveragePooling2D(name="end")(L.Softmax()(x)), r"'end' \(GlobalAveragePooling2D\)"),
+        (lambda x: L.Dropout(0.1)(L.Reshape((16, 3, 1), name="end")(L.Softmax()(x))), r"'end' \(Reshape\)"),
+        (lambda x: L.Lambda(lambda y: y, name="end")(x), r"'end' \(Lambda\)"),
+    ],
+)
+def test_what_hides_the_last_activation_is_named(last: Any, seen: str) -> None:
+    inputs = keras.Input((4, 4, 2))
+    x = L.Conv2D(6, 3, padding="same", activation="relu", name="hidden")(inputs)
+    base = keras.Model(inputs, last(L.Conv2D(3, 1, name="out")(x)), name="net")
+    for settings in ({}, {"task": "classification"}):
+        with pytest.raises(ConfigError, match=f"^In 'net' it is not known what {seen} does to the classes.*Pass task="):
+            mk.convert(base, **settings)
+    model = mk.convert(base, task="multilabel", from_logits=False)
+    assert [site.layer for site in model.surgery.sites] == ["hidden"]
+    assert mk.convert(base, task="regression").task == "regression"
 
 
 class Forgetful(L.Dense):
