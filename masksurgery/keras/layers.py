@@ -20,7 +20,8 @@ class _Masksembles(keras.layers.Layer):
     """Multiplies the channels, which are last, of each row by the mask of its member.
 
     The masks are a boolean weight `masks` [n, c] that is not trained, row i being member i's. They are drawn when the
-    layer is built, saved with the model and restored from the file.
+    layer is built, saved with the model and restored from the file. A copy made of the configuration alone
+    (`from_config`, `keras.models.clone_model`) draws them again: without a seed other ones, until it gets the weights.
 
     Shape:
         Rows [:b] of x (n*b, ..., c) belong to member 0, and so on. A number of rows that is no multiple of n is dealt
@@ -50,7 +51,8 @@ class _Masksembles(keras.layers.Layer):
             n: Number of members.
             scale: At least 1; larger means less overlap between the masks.
             rescale: Divide what is kept by the kept share, as dropout does, so that the mean stays.
-            seed: For the masks, the same ones as in PyTorch; None draws fresh ones. No global state is touched.
+            seed: For the masks, the same ones as in PyTorch; None draws fresh ones, for each copy too. No global state
+                is touched.
             data_format: "channels_last", or None if that is Keras' own setting.
             kwargs: What every Keras layer takes (`name`, `dtype`).
         """
