@@ -225,7 +225,7 @@ def weights_of(converted: Any, rescale: bool = True) -> dict[tuple[str, int], np
     """What the rows are multiplied with [n, c], by the masked node."""
     found = {}
     for site in converted.surgery.sites:
-        masks = to_numpy(converted.get_layer(site.mask).masks).astype("float32")
+        masks = to_numpy(converted.get_layer(site.mask).masks).astype("float64")
         found[site.node, site.call] = masks * (site.channels / site.ones if rescale else 1)
     return found
 
@@ -257,7 +257,7 @@ def run_masked(base: Any, x: Any, masks: Masks) -> np.ndarray:
                 calls[name] += 1
                 if factor is not None:
                     time_steps = getattr(outputs[0], "_keras_mask", None)
-                    outputs[0] = outputs[0] * ops.convert_to_tensor(factor)
+                    outputs[0] = outputs[0] * ops.convert_to_tensor(factor, dtype=outputs[0].dtype)
                     if time_steps is not None:
                         outputs[0]._keras_mask = time_steps
             known.update({id(symbol): out for symbol, out in zip(node.outputs, outputs, strict=True)})

@@ -7,14 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import torch
 from keras import layers as L
-from torch import nn
 
-import masksurgery
 import masksurgery.keras as mk
 from keras_nets import NETS, check_members, inputs_of, lenet, randomise, to_numpy
-from masksurgery.types import LayoutError, MasksurgeryError, TraceError
+from masksurgery.masks import generate_masks, site_seed
+from masksurgery.types import ConfigError, LayoutError, MasksurgeryError, TraceError
 
 TOLERANCE = 5e-5
 
@@ -87,18 +85,33 @@ def test_one_seed_one_set_of_masks_and_streams_of_sites_differ() -> None:
     assert not np.array_equal(one[0], one[1])
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="what torch's convert imports, Triton, crashes beside TensorFlow"
-)
-def test_masks_are_those_of_the_torch_convert() -> None:
-    net = nn.Sequential()
-    net.add_module("first", nn.Linear(5, 16))
-    net.add_module("last", nn.Linear(16, 2))
-    torch_model = masksurgery.convert(net, n=4, scale=2.0, seed=3, example_inputs=(torch.zeros(1, 5),))
-    base = keras.Sequential([keras.Input((5,)), L.Dense(16, name="first"), L.Dense(2, name="last")])
-    model = mk.convert(base, 4, 2.0, seed=3, task="classification")
-    expected = torch_model.surgery.masks["first_mask"]
-    assert np.array_equal(to_numpy(model.get_layer("first_mask").masks), expected)
+def automatic() -> keras.Model:
+    """Layers with the names that Keras gives: `dense_7`, then `dense_10`."""
+    inputs = keras.Input((5,))
+    shared = L.Dense(5, activation="relu")
+    x = L.Concatenate()([shared(shared(inputs)), L.Dense(16, activation="relu")(inputs)])
+    return keras.Model(inputs, L.Dense(2)(x))
+
+
+def test_masks_do_not_depend_on_names() -> None:
+    one, other = (mk.convert(automatic(), 4, 2.0, seed=3, task="classification") for _ in range(2))
+    assert [site.layer for site in one.surgery.sites] != [site.layer for site in other.surgery.sites]
+    found = [[to_numpy(m.get_layer(site.mask).masks) for site in m.surgery.sites] for m in (one, other)]
+    # Of each convolution or Dense layer: its place among them, in the order of the graph, and the call.
+    seeds = [site_seed(3, "0", 0), site_seed(3, "0", 1), site_seed(3, "1", 0)]
+    wanted = [generate_masks(size, 4, 2.0, seed=seed) for size, seed in zip((5, 5, 16), seeds, strict=True)]
+    for masks in found:
+        assert len(masks) == 3 and all(map(np.array_equal, masks, wanted))
+
+
+@pytest.mark.parametrize("selection", [{"exclude": ["first"]}, {"include": ["second"]}])
+def test_masks_do_not_depend_on_what_else_is_masked(selection: dict[str, Any]) -> None:
+    inner = [L.Dense(16, name="first"), L.Dense(16, name="second")]
+    base = keras.Sequential([keras.Input((5,)), *inner, L.Dense(2, name="out")])
+    whole, part = (mk.convert(base, task="regression", **chosen) for chosen in ({}, selection))
+    one, other = (to_numpy(model.get_layer("second_mask").masks) for model in (whole, part))
+    assert np.array_equal(one, other) and not np.array_equal(one, to_numpy(whole.get_layer("first_mask").masks))
+    assert [site.layer for site in part.surgery.sites] == ["second"]
 
 
 def test_head_masks_only_what_the_output_layer_reads() -> None:
@@ -218,6 +231,36 @@ def test_trainable_flags_come_along() -> None:
     assert not flags["back_conv"] and not flags["back_conv_bn"] and flags["top_hidden"] and flags["out"]
 
 
+def test_inputs_by_name_stay_with_their_names() -> None:
+    z, b = keras.Input((6,), name="z"), keras.Input((6,), name="b")
+    shapes = keras.Input((4,), name="a")
+    x = L.Dense(5, activation="relu", name="of_z")(z) - 0.5 * L.Dense(5, activation="relu", name="of_b")(b)
+    x = L.Concatenate()([x, L.Dense(3, name="of_a")(shapes)])
+    base = keras.Model({"z": z, "b": b, "a": shapes}, L.Dense(2, name="out")(x))  # keys that are not in order
+    randomise(base)
+    x = inputs_of(base, rows=3)
+    expected = to_numpy(base(x))
+    assert np.abs(expected - to_numpy(base({**x, "z": x["b"], "b": x["z"]}))).max() > 0.1  # they do not commute
+    model = mk.convert(base, 2, 1.0, task="regression")
+    assert {key: value.name for key, value in model.input.items()} == {"z": "z", "b": "b", "a": "a"}
+    np.testing.assert_allclose(to_numpy(model(x)["mean"]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.predict(x, verbose=0)["mean"], expected, rtol=1e-4, atol=1e-5)
+    assert check_members(base, mk.convert(base, 3, 2.0, task="regression"), x) < TOLERANCE
+
+
+def test_a_nested_model_with_inputs_by_name_is_inlined() -> None:
+    z, b = keras.Input((4,), name="z"), keras.Input((4,), name="b")
+    difference = L.Dense(5, activation="relu", name="of_z")(z) - L.Dense(5, activation="relu", name="of_b")(b)
+    inner = keras.Model({"z": z, "b": b}, difference, name="inner")
+    inputs = [keras.Input((4,), name=name) for name in ("one", "two")]
+    base = keras.Model(inputs, L.Dense(2, name="out")(inner({"b": inputs[1], "z": inputs[0]})))
+    randomise(base)
+    x = [np.random.default_rng(seed).normal(size=(3, 4)).astype("float32") for seed in (0, 1)]
+    model = mk.convert(base, 2, 1.0, task="regression")
+    np.testing.assert_allclose(to_numpy(model(x)["mean"]), to_numpy(base(x)), rtol=1e-4, atol=1e-5)
+    assert [site.layer for site in mk.convert(base, task="regression").surgery.sites] == ["inner_of_z", "inner_of_b"]
+
+
 def test_any_image_size_and_a_fixed_batch() -> None:
     inputs = keras.Input(batch_shape=(4, None, None, 3))
     x = L.Conv2D(6, 3, activation="relu")(inputs)
@@ -305,7 +348,7 @@ def test_what_comes_last_must_be_known() -> None:
     inputs = keras.Input((4,))
     x = L.Dense(6, activation="relu")(inputs)
     base = keras.Model(inputs, L.Lambda(keras.ops.softmax)(L.Dense(3, name="out")(x)))
-    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
+    with pytest.raises(MasksurgeryError, match="from_logits=True or False"):
         mk.convert(base, task="classification")
     model = mk.convert(base, task="classification", from_logits=False)
     (skip,) = model.surgery.skipped  # a mask would have to be followed through the Lambda
@@ -318,7 +361,7 @@ def test_a_mean_of_two_heads_is_probabilities_if_one_says_so() -> None:
     heads = [L.Dense(3, activation="softmax", name=name)(x) for name in ("one", "two")]
     base = keras.Model(inputs, L.Average()(heads))
     randomise(base)
-    with pytest.raises(MasksurgeryError, match="Pass from_logits=True or False"):
+    with pytest.raises(MasksurgeryError, match=r"'average.*' \(Average\) does.*from_logits=True or False"):
         mk.convert(base, task="classification")
     model = mk.convert(base, 3, task="classification", from_logits=False)
     assert [site.layer for site in model.surgery.sites] == ["hidden"]
@@ -335,7 +378,6 @@ def test_a_mean_of_two_heads_is_probabilities_if_one_says_so() -> None:
         (lambda x: keras.ops.sigmoid(x), ("multilabel", False)),
         (lambda x: keras.ops.relu6(x + 3.0) / 6.0, ("multilabel", False)),
         (lambda x: x / 2.0, None),
-        (lambda x: L.Reshape((3, 1))(L.Softmax()(x)), None),
     ],
 )
 def test_the_task_is_read_from_the_last_activation(last: Any, expected: Any) -> None:
@@ -348,6 +390,28 @@ def test_the_task_is_read_from_the_last_activation(last: Any, expected: Any) -> 
         model = mk.convert(base)
         assert (model.task, model.from_logits) == expected
         assert [site.layer for site in model.surgery.sites] == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    ("last", "seen"),
+    [
+        (lambda x: L.Softmax(axis=1, name="end")(x), r"'end' \(Softmax\)"),
+        (lambda x: L.UpSampling2D(2, name="end")(L.Softmax()(x)), r"'end' \(UpSampling2D\)"),
+        (lambda x: L.GlobalAveragePooling2D(name="end")(L.Softmax()(x)), r"'end' \(GlobalAveragePooling2D\)"),
+        (lambda x: L.Dropout(0.1)(L.Reshape((16, 3, 1), name="end")(L.Softmax()(x))), r"'end' \(Reshape\)"),
+        (lambda x: L.Lambda(lambda y: y, name="end")(x), r"'end' \(Lambda\)"),
+    ],
+)
+def test_what_hides_the_last_activation_is_named(last: Any, seen: str) -> None:
+    inputs = keras.Input((4, 4, 2))
+    x = L.Conv2D(6, 3, padding="same", activation="relu", name="hidden")(inputs)
+    base = keras.Model(inputs, last(L.Conv2D(3, 1, name="out")(x)), name="net")
+    for settings in ({}, {"task": "classification"}):
+        with pytest.raises(ConfigError, match=f"^In 'net' it is not known what {seen} does to the classes.*Pass task="):
+            mk.convert(base, **settings)
+    model = mk.convert(base, task="multilabel", from_logits=False)
+    assert [site.layer for site in model.surgery.sites] == ["hidden"]
+    assert mk.convert(base, task="regression").task == "regression"
 
 
 class Forgetful(L.Dense):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def test_regression_gives_mean_and_variance() -> None:
     np.testing.assert_allclose(found["variance"], found["members"].var(1), rtol=1e-4, atol=1e-6)
 
 
+def test_sizes_may_differ_from_batch_to_batch() -> None:
+    inputs = keras.Input((None, None, 2))
+    x = L.Conv2D(6, 3, padding="same", activation="relu")(inputs)
+    model = mk.convert(keras.Model(inputs, L.Conv2D(3, 1, activation="softmax")(x)), 3, 2.0)
+    for size in (4, 2, 3):  # the second one makes TensorFlow leave the size open
+        found = model.predict(np.ones((5, size, size + 1, 2)), verbose=0)
+        assert found["mean"].shape == (5, size, size + 1, 3) and found["members"].shape == (5, 3, size, size + 1, 3)
+        np.testing.assert_allclose(found["mean"].sum(-1), 1, rtol=1e-5)
+
+
 def test_augmentation_and_recurrent_layers_go_along() -> None:
     augment = keras.Sequential([L.RandomFlip("horizontal"), L.RandomZoom(0.1)], name="augment")
     inputs = keras.Input((8, 8, 3))
@@ -139,6 +150,69 @@ def test_half_precision_is_raised_in_the_head() -> None:
     assert {keras.backend.standardize_dtype(value.dtype) for value in found.values()} == {"float32"}
     mean = to_numpy(found["mean"])
     assert np.abs(mean.sum(1) - 1).max() < 2e-2
+
+
+@pytest.fixture
+def policy() -> Iterator[Callable[[str], None]]:
+    """Sets the global policy, until the test ends."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def loud(dtype: str) -> keras.Model:
+    """Values that float16 cannot hold, in masks and in a repeat."""
+    inputs = keras.Input((6,), name="x", dtype=dtype)
+    x = L.Rescaling(1e5, name="large")(inputs)
+    hidden = L.Dense(16, activation="relu", name="hidden")(x)
+    x = L.Concatenate()([hidden, L.Dense(6, name="other")(hidden), x])
+    return keras.Model(inputs, L.Dense(2, name="out")(L.Rescaling(1e-5, name="small")(x)))
+
+
+@pytest.mark.parametrize(("own", "when_converted"), [("float32", "mixed_float16"), ("float64", "float32")])
+def test_a_net_keeps_its_precision_under_another_policy(policy: Any, own: str, when_converted: str) -> None:
+    if own == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 unless all of the process has it")
+    policy(own)
+    base = loud(own)
+    randomise(base)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(own)
+    expected = to_numpy(base(x))
+    policy(when_converted)
+    found = mk.convert(base, 2, 1.0, task="regression")(x)
+    assert {keras.backend.standardize_dtype(value.dtype) for value in found.values()} == {own}
+    epsilon = np.finfo(own).eps
+    np.testing.assert_allclose(to_numpy(found["mean"]), expected, rtol=200 * epsilon, atol=200 * epsilon)
+    model = mk.convert(base, 3, 2.0, task="regression")
+    assert check_members(base, model, x) < 100 * epsilon
+    assert keras.config.dtype_policy().name == when_converted
+
+
+def test_a_float32_layer_in_a_net_of_half_precision_is_not_rounded(policy: Any) -> None:
+    policy("mixed_float16")
+    inputs = keras.Input((6,), name="x")
+    x = L.Dense(16, activation="relu", name="hidden", dtype="float32")(L.Dense(8, name="half")(inputs))
+    x = L.Concatenate(dtype="float32")([x, L.Rescaling(1 / 3, dtype="float32", name="third")(inputs)])
+    base = keras.Model(inputs, L.Dense(2, name="out", dtype="float32")(x))
+    randomise(base)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    one = mk.convert(base, 2, 1.0, task="regression", include=["hidden"])
+    np.testing.assert_allclose(to_numpy(one(x)["mean"]), to_numpy(base(x)), rtol=1e-5, atol=1e-6)
+    half = mk.convert(base, 2, 1.0, task="regression")
+    dtypes = {name: half.get_layer(name).compute_dtype for name in ("half_mask", "hidden_mask")}
+    assert dtypes == {"half_mask": "float16", "hidden_mask": "float32"}
+
+
+def test_large_integers_reach_the_members(policy: Any) -> None:
+    policy("mixed_float16")
+    numbers, inputs = keras.Input((3,), dtype="int32", name="numbers"), keras.Input((6,), name="x")
+    x = L.Dense(15, activation="relu", name="hidden")(inputs)
+    x = L.Concatenate()([L.Reshape((3, 5))(x), L.Embedding(5000, 4, name="table")(numbers)])
+    base = keras.Model({"numbers": numbers, "x": inputs}, L.Dense(2, name="out", dtype="float32")(L.Flatten()(x)))
+    randomise(base)
+    given = {"numbers": np.array([[4097, 2049, 4999], [1, 4095, 3]], "int32"), "x": np.ones((2, 6), "float32")}
+    found = mk.convert(base, 2, 1.0, task="regression", include=["hidden"])(given)
+    np.testing.assert_allclose(to_numpy(found["mean"]), to_numpy(base(given)), rtol=2e-3, atol=2e-3)
 
 
 # --- fit, evaluate, predict ------------------------------------------------------------------------------------------
@@ -163,6 +237,28 @@ def test_fit_and_evaluate_with_the_loss_of_the_base(from_logits: bool) -> None:
     assert not np.array_equal(to_numpy(model.get_layer("a").kernel), kept[0])
 
 
+@pytest.mark.parametrize("last", ["softmax", None])
+def test_padding_counts_as_in_the_base(last: str | None) -> None:
+    inputs = keras.Input((None,), dtype="int32")
+    x = L.LSTM(6, return_sequences=True)(L.Embedding(7, 5, mask_zero=True)(inputs))
+    x = L.Dense(8, activation="relu", name="hidden")(x)
+    base = keras.Model(inputs, L.Dense(3, last, name="out")(x))
+    randomise(base)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 7, (5, 4)), rng.integers(0, 3, (5, 4))
+    x[0, 1:] = x[2, 3:] = x[3, 2:] = 0  # padding
+    model = mk.convert(base, 2, 1.0, task="classification")
+    found = []
+    for net in (base, model):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=last is None)
+        net.compile(keras.optimizers.SGD(0.0), loss, metrics=["accuracy"])
+        fit = net.fit(x, y, batch_size=3, shuffle=False, validation_data=(x, y), validation_batch_size=3, verbose=0)
+        seen = {f"fit {key}": value for key, (value,) in fit.history.items()}
+        found.append(seen | net.evaluate(x, y, batch_size=3, verbose=0, return_dict=True))
+    assert {"fit loss", "fit val_loss", "fit val_accuracy", "loss", "accuracy"} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_batches_smaller_than_n_train_every_member() -> None:
     base = classifier(last="sigmoid", classes=1)
     model = mk.convert(base, 4, 3.0)
@@ -176,6 +272,7 @@ def test_batches_smaller_than_n_train_every_member() -> None:
 
 
 def test_frozen_batch_norm_stays_and_dropout_acts_in_training_only() -> None:
+    keras.utils.set_random_seed(0)  # two draws of a dropout may be the same
     net = NETS["nested"]()
     randomise(net.model)
     model = mk.convert(net.model, 3, 2.0)

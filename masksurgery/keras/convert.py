@@ -11,6 +11,7 @@ from keras import tree
 from masksurgery.keras.cloning import clone, copy_weights
 from masksurgery.keras.graph import Graph, Node, Value, read_graph
 from masksurgery.keras.head import resolve_task
+from masksurgery.keras.kinds import is_candidate
 from masksurgery.keras.layers import Members, Repeat, mask_type
 from masksurgery.keras.model import ConvertedModel
 from masksurgery.keras.samples import find_mixed
@@ -48,7 +49,8 @@ def convert(
             no). A model that ends without one needs it, for logits and numbers look alike; "regression" keeps numbers.
         from_logits: By default what the last activation says. Needed where a layer that is not known comes last.
         rescale: Divide the kept channels by the kept share, as dropout does.
-        seed: For the masks: one stream of random numbers for each site, from its layer's name.
+        seed: For the masks: one stream of random numbers for each site, from the call and from the place of its layer
+            among the base model's convolutions and Dense layers, whatever their names.
     Raises:
         ConfigError, MaskError: An argument has a value that it cannot have.
         TraceError: The model is subclassed, not built, or holds a layer that cannot be made again.
@@ -116,6 +118,9 @@ class _Builder:
     def __init__(self, graph: Graph, config: ConvertConfig, places: Sequence[Place]) -> None:
         self.graph, self.config = graph, config
         self.places = {place.value: place for place in places}
+        candidates = dict.fromkeys(id(node.op) for node in graph.nodes if is_candidate(node))
+        # By place, for Keras makes up names as it goes: the same model, built a second time, has others.
+        self.streams = {op: index for index, op in enumerate(candidates)}
         self.masks: dict[Value, Any] = {}
         self.clones: dict[int, tuple[Any, Any, str]] = {}  # by the base's: that, its clone and the name
         self.names = {node.name for node in graph.nodes} | {value.name for value in graph.inputs}
@@ -171,13 +176,14 @@ class _Builder:
             return
         layer = place.layer
         name = self._unused(f"{layer.name}_mask" + (f"_{layer.call}" if layer.call else ""))
-        seed = site_seed(self.config.seed, layer.name, layer.call)
+        seed = site_seed(self.config.seed, str(self.streams[id(layer.op)]), layer.call)
         self.masks[value] = mask_type(len(value.shape))(
             self.config.n,
             self.config.scale,
             rescale=self.config.rescale,
             seed=seed,
             data_format="channels_last",
+            dtype=value.dtype,  # not of the global policy, which need not be the model's
             name=name,
         )
         x = self.own[value] if value in self.own else self._repeat(value)

@@ -84,12 +84,12 @@ def read_graph(model: Any) -> Graph:
             f"The model '{model.name}' returns {tree.map_structure(lambda x: x.name, model.output)}, and only models "
             f"with one output tensor are converted. Convert keras.Model(model.inputs, model.outputs[0])."
         )
-    inputs = [_value(None, x) for x in model.inputs]
+    inputs = {id(x): _value(None, x) for x in model.inputs}
     reader = _Reader()
-    (output,) = reader.read(model, inputs, "", {})
-    named = iter(inputs)
-    structure = tree.map_structure(lambda _: next(named), model.input)
-    graph = Graph(name, structure, inputs, _needed(reader.nodes, output), output)
+    (output,) = reader.read(model, [inputs[id(x)] for x in model.inputs], "", {})
+    # By identity: `inputs` has the keys of a dict in order, and on some backends map_structure goes as they were given.
+    structure = tree.map_structure(lambda x: inputs[id(x)], model.input)
+    graph = Graph(name, structure, list(inputs.values()), _needed(reader.nodes, output), output)
     for node in graph.nodes:
         if getattr(node.op, "data_format", None) == "channels_first":
             raise LayoutError(
@@ -168,7 +168,8 @@ class _Reader:
     def _inline(self, model: Any, name: str, args: Any, kwargs: dict[str, Any]) -> list[Value]:
         model = as_functional(model, "The nested model")
         inputs = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
-        given = {key: value for key, value in kwargs.items() if value is not None}
+        # Of several tensors Keras notes their masks of time steps even if none of them has one.
+        given = {key: x for key, x in kwargs.items() if any(leaf is not None for leaf in tree.flatten(x))}
         if len(args) != 1 or set(given) - {"training"} or len(inputs) != len(model.inputs):
             raise TraceError(
                 f"The nested model '{name}' is called with {len(inputs)} tensors and {sorted(given) or 'no'} keyword "

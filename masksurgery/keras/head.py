@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from masksurgery.keras.graph import Graph, Value
+from masksurgery.keras.graph import Graph, Node, Value
 from masksurgery.keras.kinds import activation_kind, kind_of
 from masksurgery.types import ConfigError, check_choice
 
@@ -24,9 +24,14 @@ def resolve_task(graph: Graph, task: str | None, from_logits: bool | None) -> tu
     """
     if task is not None:
         check_choice("task", task, TASKS)
-    last = _last_activation(graph)
+    last, source = _last_activation(graph)
     where = f"'{graph.name}' ends in '{graph.output.node.name if graph.output.node else graph.output.name}'"
     natural = {"softmax": "classification", "gate": "multilabel"}.get(last)
+    if last == "unknown" and source and task != "regression" and (task is None or from_logits is None):
+        raise ConfigError(
+            f"In '{graph.name}' it is not known what '{source.name}' ({type(source.op).__name__}) does to the classes. "
+            f'Pass task="regression", or another task= and with it from_logits=True or False.'
+        )
     if task is None and natural is None:
         raise ConfigError(
             f"{where}, without a softmax or sigmoid: its outputs may be logits or numbers. Pass "
@@ -36,8 +41,6 @@ def resolve_task(graph: Graph, task: str | None, from_logits: bool | None) -> tu
     if task == "regression":
         return task, False
     if from_logits is None:
-        if last == "unknown":
-            raise ConfigError(f"{where}, and it is not known what that returns. Pass from_logits=True or False.")
         if natural not in (None, task):
             raise ConfigError(f"{where}, which makes the probabilities of task={natural!r}, not of task={task!r}.")
         from_logits = natural is None
@@ -46,11 +49,11 @@ def resolve_task(graph: Graph, task: str | None, from_logits: bool | None) -> tu
     return task, from_logits
 
 
-def _last_activation(graph: Graph) -> str:
-    """softmax, gate (a sigmoid), plain (of a layer without either) or unknown: what the output comes from."""
-    known: dict[Value, str] = {}
+def _last_activation(graph: Graph) -> tuple[str, Node | None]:
+    """What the output comes from: softmax, gate (a sigmoid), plain (a layer without either) or unknown; the node."""
+    known: dict[Value, tuple[str, Node | None]] = {}
 
-    def look(value: Value) -> str:
+    def look(value: Value) -> tuple[str, Node | None]:
         if value not in known:
             known[value] = _activation_of(value, look)
         return known[value]
@@ -58,21 +61,24 @@ def _last_activation(graph: Graph) -> str:
     return look(graph.output)
 
 
-def _activation_of(value: Value, look: Callable[[Value], str]) -> str:
+def _activation_of(value: Value, look: Callable[[Value], tuple[str, Node | None]]) -> tuple[str, Node | None]:
     node = value.node
     if node is None:
-        return "plain"
+        return "plain", None
     kind = kind_of(node)
     if kind in ("mix", "depthwise"):
-        return {"pointwise": "plain"}.get(activation_kind(node.op), activation_kind(node.op))
+        return {"pointwise": "plain"}.get(activation_kind(node.op), activation_kind(node.op)), node
     if kind in ("softmax", "gate", "unknown"):
-        return kind
-    before = {look(source) for source in node.inputs}
+        return kind, node
+    before = [look(source) for source in node.inputs]
     if kind in ("pass", "move"):
-        return before.pop()
-    if before == {"gate"} and kind in ("join", "split"):  # of a softmax the classes are not where they were
-        return "gate"
-    return "plain" if before == {"plain"} else "unknown"
+        return before[0]
+    kinds = {found for found, _ in before}
+    if "unknown" in kinds:
+        return next(found for found in before if found[0] == "unknown")
+    if kinds == {"gate"} and kind in ("join", "split"):  # of a softmax the classes are not where they were
+        return "gate", node
+    return "plain" if kinds == {"plain"} else "unknown", node
 
 
 def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]:
@@ -91,10 +97,11 @@ def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]
         entropy. In at least float32.
     """
     x = ops.cast(rows, "float32") if keras.backend.standardize_dtype(rows.dtype) in ("float16", "bfloat16") else rows
-    x = ops.reshape(x, (n, ops.shape(x)[0] // n, *x.shape[1:]))
+    count, *shape = ops.shape(x)  # TensorFlow may not know all sizes beforehand
+    x = ops.reshape(x, (n, count // n, *shape))
     members = ops.moveaxis(x, 0, 1)
     if task == "regression":
-        return {"mean": ops.mean(members, axis=1), "variance": ops.var(members, axis=1), "members": members}
+        return {"mean": _mean(members), "variance": _variance(members), "members": members}
     kinds = _logs(members, task, from_logits)
     p = ops.exp(kinds[0]) if from_logits else members
     means = [_log_mean(log_p, n) for log_p in kinds]
@@ -102,13 +109,22 @@ def aggregate(rows: Any, n: int, task: str, from_logits: bool) -> dict[str, Any]
     if task == "classification":
         entropy, expected = ops.sum(entropy, axis=-1), ops.sum(expected, axis=-1)
     return {
-        "mean": ops.mean(p, axis=1),
-        "variance": ops.var(p, axis=1),
+        "mean": _mean(p),
+        "variance": _variance(p),
         "logits": means[0] if task == "classification" else means[0] - means[1],
         "entropy": entropy,
-        "mutual_information": ops.maximum(entropy - ops.mean(expected, axis=1), 0.0),
+        "mutual_information": ops.maximum(entropy - _mean(expected), 0.0),
         "members": members,
     }
+
+
+def _mean(x: Any) -> Any:
+    """Over the members, in the dtype of x: ops.mean and ops.var make float32 of float64 on PyTorch."""
+    return ops.sum(x, axis=1) / x.shape[1]
+
+
+def _variance(x: Any) -> Any:
+    return _mean(ops.square(x - ops.expand_dims(_mean(x), 1)))
 
 
 def _logs(members: Any, task: str, from_logits: bool) -> list[Any]:

@@ -20,11 +20,12 @@ class _Masksembles(keras.layers.Layer):
     """Multiplies the channels, which are last, of each row by the mask of its member.
 
     The masks are a boolean weight `masks` [n, c] that is not trained, row i being member i's. They are drawn when the
-    layer is built, saved with the model and restored from the file.
+    layer is built, saved with the model and restored from the file. A copy made of the configuration alone
+    (`from_config`, `keras.models.clone_model`) draws them again: without a seed other ones, until it gets the weights.
 
     Shape:
         Rows [:b] of x (n*b, ..., c) belong to member 0, and so on. A number of rows that is no multiple of n is dealt
-        out in near-equal groups, in the same order. The output is like x in shape and dtype.
+        out in near-equal groups, in the same order. The output is like x in shape, and in the dtype of the layer.
     Raises:
         MaskError: x does not suit the layer, or no such masks exist.
         ConfigError: The channels are not last.
@@ -50,7 +51,8 @@ class _Masksembles(keras.layers.Layer):
             n: Number of members.
             scale: At least 1; larger means less overlap between the masks.
             rescale: Divide what is kept by the kept share, as dropout does, so that the mean stays.
-            seed: For the masks, the same ones as in PyTorch; None draws fresh ones. No global state is touched.
+            seed: For the masks, the same ones as in PyTorch; None draws fresh ones, for each copy too. No global state
+                is touched.
             data_format: "channels_last", or None if that is Keras' own setting.
             kwargs: What every Keras layer takes (`name`, `dtype`).
         """
@@ -97,7 +99,8 @@ class _Masksembles(keras.layers.Layer):
             members = ops.floor_divide(ops.arange(rows, dtype="int32") * self.n, ops.maximum(rows, 1))
         weights = ops.cast(self.masks, inputs.dtype)
         if self.rescale:
-            weights = weights * ops.cast(self.channels / kept_channels(self.channels, self.n, self.scale), inputs.dtype)
+            factor = self.channels / kept_channels(self.channels, self.n, self.scale)
+            weights = weights * ops.convert_to_tensor(factor, dtype=inputs.dtype)  # a cast would go by way of float32
         picked = ops.take(weights, members, axis=0)
         return inputs * ops.reshape(picked, (-1, *(1,) * (len(inputs.shape) - 2), self.channels))
 
@@ -180,7 +183,7 @@ class Members(keras.layers.Layer):
     """
 
     def __init__(self, n: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.n, self.fixed = n, None
         self.seed_generator = keras.random.SeedGenerator()
 
@@ -211,7 +214,7 @@ class Repeat(keras.layers.Layer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # whatever the policy, what it gives has the dtype of x
         self.supports_masking = True
 
     def call(self, inputs: Sequence[Any]) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+from keras import ops
+from keras.src.backend import get_keras_mask, set_keras_mask
 
 from masksurgery.keras.head import aggregate
 from masksurgery.keras.layers import PACKAGE
@@ -40,7 +42,13 @@ class ConvertedModel(keras.Model):
         # Told to every layer: left open, Keras takes over the mode of whichever layer the base model called with one.
         training = bool(training)
         rows = super().call(inputs, training=training, mask=mask)
-        return rows if training else aggregate(rows, self.surgery.n, self.task, self.from_logits)
+        if training:
+            return rows
+        answer = aggregate(rows, self.surgery.n, self.task, self.from_logits)
+        steps = get_keras_mask(rows)
+        if steps is not None:  # which time steps are padding: losses and metrics look for it; all members have the same
+            set_keras_mask(self.base_output(answer), steps[: ops.shape(steps)[0] // self.surgery.n])
+        return answer
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         raise TraceError(
