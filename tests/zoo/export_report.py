@@ -71,6 +71,7 @@ def check(family: str, entry: dict[str, Any]) -> Row:
     x = torch.randn(7, base.default_cfg["input_size"][0], entry["size"], entry["size"])
     with tempfile.TemporaryDirectory() as folder:
         files, model = Path(folder), masksurgery.convert(base, n=2, example_inputs=(x[:1],)).eval()
+        masksurgery.recalibrate(model, [x])  # with BatchNorm's initial statistics rounding may grow to 3e-4
         packed = cache(lambda: masksurgery.pack(model, "unrolled", dense=False))
         tried: dict[str, Callable[[], object]] = {
             "pt2": lambda: masksurgery.export(model, files / "model.pt2"),
