@@ -175,8 +175,8 @@ def write(rows: Sequence[Row]) -> str:
 
 Written by `tests/zoo/export_report.py`: {versions()}.
 The smallest architecture of each family of timm, as far as it has at most {LIMIT // 10**6} million parameters, at the
-smallest images that it takes, n=2, scale=2, default sites. Files take batches of any size, and agree with the model to
-1e-4 at batch sizes 1, 2 and 5 (onnxruntime, torch.export).
+smallest images that it takes, n=2, scale=2, default sites, random weights, BatchNorm re-estimated. Files take batches
+of any size, and agree with the model to 1e-4 at batch sizes 1, 2 and 5 (onnxruntime, torch.export).
 
 {summary(rows)}
 ## Every family
