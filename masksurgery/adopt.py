@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from masksurgery.layers import Masksembles1D, Masksembles2D, _Masksembles
+from masksurgery.masks import growth
 from masksurgery.types import MaskError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def implied_scale(share: float, n: int) -> float:
     low, high = 1.0, 1e6
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if 1 / (middle * (1 - (1 - 1 / middle) ** n)) > share else (low, middle)
+        low, high = (middle, high) if 1 / growth(middle, n) > share else (low, middle)
     return round(low, 4)
 
 

@@ -90,9 +90,13 @@ def kept_channels(channels: int, n: int, scale: float, multiple_of: int = 1) -> 
     if n == 1 or scale == 1:
         return channels
     scale = float(min(scale, 10**300) if isinstance(scale, int) else scale)  # 10**400 is no float
-    growth = -scale * math.expm1(n * math.log1p(-1 / scale))  # c / m; the plain formula cancels at a large scale
-    quotient = channels / growth * (1 + 1e-12)  # a whole number must not be floored to the one below
+    quotient = channels / growth(scale, n) * (1 + 1e-12)  # a whole number must not be floored to the one below
     return _rounded(min(channels, max(math.floor(quotient), -(-channels // n), 1)), channels, int(multiple_of))
+
+
+def growth(scale: float, n: int) -> float:
+    """c / m: how many times the channels of one mask the union of n masks is expected to have; scale above 1."""
+    return -scale * math.expm1(n * math.log1p(-1 / scale))  # scale (1 - (1 - 1/scale)^n), which cancels if it is large
 
 
 def _rounded(ones: int, channels: int, multiple: int) -> int:

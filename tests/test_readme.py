@@ -64,7 +64,12 @@ BEFORE = {
         "masksurgery convert tf_efficientnet_lite0 --checkpoint lite0.safetensors --where head --seed 1 -o dir",
     ],
 }
-WITHOUT_DOWNLOADS = {"pretrained=True": "pretrained=False", 'weights="DEFAULT"': "weights=None, weights_backbone=None"}
+WITHOUT_DOWNLOADS = {
+    "pretrained=True": "pretrained=False",
+    'fcn_resnet50(weights="DEFAULT")': "fcn_resnet50(weights_backbone=None)",
+    '320_fpn(weights="DEFAULT")': "320_fpn(weights_backbone=None)",
+    'r3d_18(weights="DEFAULT")': "r3d_18()",
+}
 SHORTER = {
     "I have a timm model": {
         "convert resnet50 ": "convert test_resnet --no-pretrained --img-size 32 ",
@@ -104,7 +109,6 @@ def test_python(example: Block, tmp_path: Path) -> None:
     needed = {old: new for old, new in WITHOUT_DOWNLOADS.items() if old in example.text}
     given = TAKEN_FOR_GIVEN.get(example.section, "")
     code = (FIRST if given else "") + given + replaced(example.text, needed)
-    code = re.sub(r"(r3d_18\(weights=None), weights_backbone=None", r"\1", code)  # it has no backbone of its own
     (tmp_path / "block.py").write_text(code)
     with serving() as hub:
         out = shell(

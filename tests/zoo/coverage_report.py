@@ -186,8 +186,12 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def update_readme(text: str, rows: Sequence[Row]) -> str:
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return text[:start] + readme_table(rows) + text[end:]
+    return between(text, BEGIN, END, readme_table(rows))
+
+
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """The text with something new between two marks, both of which are in it."""
+    return text[: text.index(begin) + len(begin)] + new + text[text.index(end) :]
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import masksurgery
-from coverage_report import table
+from coverage_report import between, table
 from families import FAMILIES, LIMIT, TOO_LARGE
 from masksurgery.export import difference, largest
 
@@ -186,8 +186,7 @@ of any size, and agree with the model to 1e-4 at batch sizes 1, 2 and 5 (onnxrun
 
 def in_readme(text: str, rows: Sequence[Row]) -> str:
     """The README with the summary of these rows between its marks."""
-    before, _, rest = text.partition(MARKS[0])
-    return before + MARKS[0] + summary(rows) + MARKS[1] + rest.partition(MARKS[1])[2]
+    return between(text, *MARKS, summary(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
