@@ -68,17 +68,21 @@ def candidates(methods: ModuleType, group: Any, method: str, **options: Any) -> 
     return {c.name: c for c in methods.METHODS[method](group, run_of(methods, method, **options))}
 
 
+def converted(methods: ModuleType, group: Any, **options: Any) -> Any:
+    return methods.train_converted(group, run_of(methods, "masksembles", **options)).network
+
+
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
 def test_methods_have_their_members_and_their_costs(methods: ModuleType, group: Any) -> None:
     found = {name: c for method in METHODS for name, c in candidates(methods, group, method).items()}
     assert {name: c.n for name, c in found.items()} == {
-        "base": 1, "temperature": 1, "masksembles": 4, "tuned ensemble": 4, "ensemble": 4, "dropout4": 4,
+        "base": 1, "masksembles": 4, "tuned ensemble": 4, "ensemble": 4, "dropout4": 4,
         "dropout30": 30,
     }  # fmt: skip
     assert {name: c.epochs for name, c in found.items()} == {
-        "base": 2, "temperature": 2, "masksembles": 2, "tuned ensemble": 8, "ensemble": 14, "dropout4": 2,
+        "base": 2, "masksembles": 2, "tuned ensemble": 8, "ensemble": 14, "dropout4": 2,
         "dropout30": 2,
     }  # fmt: skip
     base = 10 * 64 + 64 * 64 + 2 * 64
@@ -102,7 +106,7 @@ def test_all_start_from_one_base_model_and_leave_it(methods: ModuleType, group: 
     assert all(torch.equal(before[key], after[key]) for key in before)
     others = [group.base(k).network.body[0].weight for k in range(4)]
     assert not any(torch.equal(others[0], other) for other in others[1:])
-    model = candidates(methods, group, "masksembles", scale=3.0)["masksembles"].predict
+    model = converted(methods, group, scale=3.0)
     assert isinstance(model, ConvertedModel) and model.surgery.scale == 3 and not model.training
 
 
@@ -124,6 +128,14 @@ def test_training_leaves_the_global_state(methods: ModuleType, group: Any) -> No
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_masksembles_predict_packed_what_they_predict_converted(methods: ModuleType, group: Any) -> None:
+    candidate, model = candidates(methods, group, "masksembles")["masksembles"], converted(methods, group)
+    with torch.no_grad():
+        packed, p = candidate.predict(group.data.test.x), model(group.data.test.x)
+    assert not isinstance(candidate.predict, ConvertedModel)
+    assert torch.allclose(packed.members, p.members, atol=1e-5) and torch.allclose(packed.variance, p.variance)
+
+
 def test_repeat_sends_every_sample_through_all_members(methods: ModuleType, group: Any) -> None:
     sizes = []
     whole = group.loss
@@ -132,15 +144,35 @@ def test_repeat_sends_every_sample_through_all_members(methods: ModuleType, grou
     assert set(sizes[-16:]) == {(128, 32)} and found.epochs == 8
 
 
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("base", ["base", "temperature"]), ("masksembles", ["masksembles", "masksembles temperature"])],
+)
 def test_a_temperature_is_fitted_to_the_validation_part_alone(
-    script: ModuleType, methods: ModuleType, group: Any
+    script: ModuleType, methods: ModuleType, group: Any, method: str, names: list[str]
 ) -> None:
-    row = script.carry_out(group, run_of(methods, "base"))
-    base, temperature = row["results"]
-    assert base["temperature"] == 1 and temperature["temperature"] != 1
-    assert temperature["val"]["nll"] < base["val"]["nll"]
-    assert base["calibrated"]["nll"] == pytest.approx(temperature["test"]["nll"])
-    assert base["test"]["rmse"] == temperature["test"]["rmse"]
+    row = script.carry_out(group, run_of(methods, method))
+    whole, tempered = row["results"]
+    assert [result["name"] for result in row["results"]] == names and whole["macs"] == tempered["macs"]
+    assert whole["temperature"] == 1 and tempered["temperature"] != 1
+    assert tempered["val"]["nll"] < whole["val"]["nll"]
+    assert whole["calibrated"] == tempered["test"] and "calibrated" not in tempered
+    assert whole["test"]["rmse"] == tempered["test"]["rmse"] and whole["test"]["nll"] != tempered["test"]["nll"]
+
+
+def test_an_ensemble_has_a_temperature_in_one_column_only(script: ModuleType, methods: ModuleType, group: Any) -> None:
+    (result,) = script.carry_out(group, run_of(methods, "ensemble"))["results"]
+    assert result["name"] == "ensemble" and result["calibrated"]["nll"] != result["test"]["nll"]
+
+
+def test_images_and_weights_lie_in_memory_as_the_task_says(script: ModuleType) -> None:
+    tasks = sys.modules["quality_tasks"]
+    layout = tasks.TASKS["resnet"].layout
+    part = tasks.Part(torch.zeros(2, 3, 4, 4), torch.zeros(2))
+    data = tasks.Data(part, part, part, part.x).to(torch.device("cpu"), layout)
+    assert layout is torch.channels_last
+    for x in (data.train.x, data.val.x, data.test.x, data.unknown):
+        assert x.is_contiguous(memory_format=layout) and not x.is_contiguous()
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -188,13 +220,14 @@ def test_recipes_reach_the_training(methods: ModuleType, group: Any) -> None:
     plain = candidates(methods, group, "masksembles")["masksembles"]
     core = candidates(methods, group, "masksembles", core=0.5)["masksembles"]
     assert plain.macs == core.macs
-    site = plain.predict.surgery.sites[0]
-    masks = [c.predict.get_submodule(site.mask).masks for c in (plain, core)]
-    assert not torch.equal(*masks) and core.predict.get_submodule(site.mask).masks.all(0).sum() >= 17
+    plain, core = converted(methods, group), converted(methods, group, core=0.5)
+    site = plain.surgery.sites[0]
+    masks = [model.get_submodule(site.mask).masks for model in (plain, core)]
+    assert not torch.equal(*masks) and masks[1].all(0).sum() >= 17
     assert candidates(methods, group, "masksembles", last=1)["masksembles"].epochs == 2 + 3
-    grown = candidates(methods, group, "masksembles", shrink=0.5)["masksembles"].predict
+    grown = converted(methods, group, shrink=0.5)
     assert torch.equal(grown.get_submodule(site.mask).masks, masks[0])
-    assert not torch.equal(grown.get_parameter("body.0.weight"), plain.predict.get_parameter("body.0.weight"))
+    assert not torch.equal(grown.get_parameter("body.0.weight"), plain.get_parameter("body.0.weight"))
 
 
 def test_a_member_alone_is_the_member_until_its_statistics_are_its_own(
@@ -215,7 +248,7 @@ def test_a_member_alone_is_the_member_until_its_statistics_are_its_own(
         for i in range(4):
             found = recipes.single(recipes.alone(model, i, whole)(x))
             assert torch.allclose(found, expected[:, i], atol=1e-5)
-        predict, _ = methods._with_own_statistics(group, model)
+        predict = methods._with_own_statistics(group, model)
         own = predict(x).members
         assert own.shape == expected.shape and not torch.allclose(own, expected, atol=1e-2)
         assert torch.allclose(model(x).members.log_softmax(2), expected)
@@ -275,17 +308,17 @@ def test_what_is_there_is_not_done_again(
     assert script.main(arguments) == 0
     lines = file.read_text().splitlines()
     # Three seeds are swept at two rates; of seed 0 alone two scales and the head follow.
-    assert capsys.readouterr().out == "30 runs to do\n3 runs to do\n" and len(lines) == 33
+    assert capsys.readouterr().out == "30 runs to do\n0 runs to do\n3 runs to do\n0 runs to do\n" and len(lines) == 33
     assert len({planned.run_of(json.loads(line)).key for line in lines}) == len(lines)
     text = (tmp_path / "quality.md").read_text()
     assert (
         "## MLP on scikit-learn's diabetes\n\n3 seeds." in text and (tmp_path / "quality.png").stat().st_size > 10_000
     )
     assert script.main(arguments) == 0
-    assert capsys.readouterr().out == "0 runs to do\n" * 2 and file.read_text().splitlines() == lines
+    assert capsys.readouterr().out == "0 runs to do\n" * 4 and file.read_text().splitlines() == lines
     file.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # as a machine that was switched off leaves it
     assert script.main(arguments) == 0
-    assert capsys.readouterr().out == "0 runs to do\n1 runs to do\n"
+    assert capsys.readouterr().out == "0 runs to do\n0 runs to do\n1 runs to do\n0 runs to do\n"
     assert len(script.read(file)) == len(lines)
 
 
@@ -322,29 +355,81 @@ def test_every_method_tries_the_same_budgets_and_rates(planned: ModuleType, task
     assert all(pairs == tried[0] and len(pairs) == (4 if profile == "full" else 2) for pairs in tried)
 
 
-def test_all_seeds_have_what_was_best_in_the_sweep(script: ModuleType, planned: ModuleType) -> None:
+# A temperature is best after the long budget, dropout at the high rate, Masksembles after the long one, all else after
+# the short one.
+BEST = {
+    "temperature": (20, 1e-3), "dropout4": (5, 3e-3), "dropout30": (5, 3e-3), "masksembles": (20, 1e-3),
+    "masksembles temperature": (20, 1e-3),
+}  # fmt: skip
+NAMES = {
+    "base": ["base", "temperature"],
+    "dropout": ["dropout4", "dropout30"],
+    "masksembles": ["masksembles", "masksembles temperature"],
+}
+
+
+def found_in(runs: Sequence[Any], nll: dict[Any, float] | None = None) -> list[dict[str, Any]]:
+    """Lines of runs, of whose settings those in BEST have the lowest NLL, or of what is given."""
     found = []
-    for run in planned.sweep("lenet", "full"):
-        names = {"base": ["base", "temperature"], "dropout": ["dropout4", "dropout30"]}.get(run.method, [run.method])
-        # A temperature is best after the long budget, dropout at the high rate, all else at the low one.
-        best = {"temperature": (20, 1e-3), "dropout4": (5, 3e-3), "dropout30": (5, 3e-3)}
-        nll = {name: float((run.epochs, run.lr) != best.get(name, (5, 1e-3))) for name in names}
+    for run in runs:
+        values = {
+            name: float((run.epochs, run.lr) != BEST.get(name, (5, 1e-3)))
+            for name in NAMES.get(run.method, [run.method])
+        }
+        values = {
+            name: (nll or {}).get((name, run.epochs, *run.options.items()), value) for name, value in values.items()
+        }
         row = {name: getattr(run, name) for name in ("task", "seed", "method", "epochs", "lr", "options")}
-        found.append({**row, "results": [{"name": name, "val": {"nll": nll[name]}} for name in names]})
-    found.append({**found[0], "seed": 1, "results": [{"name": "base", "val": {"nll": -1.0}}]})  # none of the sweep
-    groups = planned.rest("lenet", "full", (0, 3), found)
-    assert [{run.seed for run in group} for group in groups] == [{0}, {3}, {0}, {3}]
-    main, more = groups[1], groups[3]
-    assert [(run.method, run.epochs, run.lr) for run in main] == [
-        ("base", 5, 1e-3), ("base", 20, 1e-3), ("masksembles", 5, 1e-3), ("ensemble", 5, 1e-3),
-        ("tuned ensemble", 5, 1e-3), ("dropout", 5, 3e-3),
+        found.append({**row, "results": [{"name": name, "val": {"nll": value}} for name, value in values.items()]})
+    return found
+
+
+def test_a_third_budget_is_for_those_that_the_long_one_suits(planned: ModuleType) -> None:
+    found = found_in(planned.sweep("lenet", "full"))
+    runs = planned.longer("lenet", "full", found)
+    assert [(run.seed, run.method, run.epochs, run.lr) for run in runs] == [
+        (0, "base", 60, 1e-3), (0, "masksembles", 60, 1e-3),
     ]  # fmt: skip
-    assert all((run.epochs, run.lr) == (5, 3e-3 if run.method == "dropout" else 1e-3) for run in more)
+    assert planned.longer("lenet", "short", found_in(planned.sweep("lenet", "short"))) == []
+
+
+def test_all_seeds_have_what_was_best_in_the_sweep(planned: ModuleType) -> None:
+    found = found_in(planned.sweep("lenet", "full"))
+    found.append({**found[0], "seed": 1, "results": [{"name": "base", "val": {"nll": -1.0}}]})  # none of the sweep
+    found += found_in(planned.longer("lenet", "full", found), {("masksembles", 60): -1.0})
+    runs = planned.rest("lenet", "full", (1, 3), found)
+    where = [seed for seed, _ in itertools.groupby(run.seed for run in runs)]
+    assert where == [1, 3, 1, 3]
+    at = {seed: [run for run in runs if run.seed == seed] for seed in (1, 3)}
+    main = at[3][:8]
+    assert {(run.method, run.epochs, run.lr) for run in main} == {
+        ("base", 5, 1e-3), ("base", 20, 1e-3), ("masksembles", 20, 1e-3), ("masksembles", 60, 1e-3),
+        ("ensemble", 5, 1e-3), ("tuned ensemble", 5, 1e-3), ("dropout", 5, 3e-3),
+    }  # fmt: skip
+    assert len({run.key for run in runs}) == len(runs)
+    more = [run for run in at[3] if run not in main]
+    assert all((run.epochs, run.lr) == ((5, 3e-3) if run.method == "dropout" else (20, 1e-3)) for run in more)
     tried = [run.options for run in more if run.method == "masksembles"]
     assert {"n": 8} in tried and {"sites": "head"} in tried and {"train_mode": "repeat"} in tried
-    assert {"teacher": 0.5} in tried and len({run.key for run in main + more}) == len(main + more)
+    assert {"teacher": 0.5} not in tried and {"teacher": 0.5} in [run.options for run in at[1]]
     begun = [row for row in found if row["method"] == "base"]
-    assert {run.method for run in itertools.chain(*planned.rest("lenet", "full", (0,), begun))} == {"base"}
+    assert {run.method for run in planned.rest("lenet", "full", (0,), begun)} == {"base"}
+
+
+def test_the_best_masks_have_the_third_budget_too(planned: ModuleType) -> None:
+    found = found_in(planned.sweep("lenet", "full"))
+    found += found_in(planned.longer("lenet", "full", found), {("masksembles", 60): -1.0})
+    nll = {
+        ("masksembles", 20, ("n", 8)): -1.0, ("masksembles temperature", 20, ("scale", 1.2)): -1.0,
+        ("masksembles", 20, ("teacher", 0.5)): -2.0,
+    }  # fmt: skip
+    found += found_in(planned.rest("lenet", "full", range(5), found), nll)
+    runs = planned.finish("lenet", "full", (0, 1), found)
+    assert [(run.seed, run.method, run.epochs, run.lr, run.options) for run in runs] == [
+        (seed, "masksembles", 60, 1e-3, options) for seed in (0, 1) for options in ({"n": 8}, {"scale": 1.2})
+    ]
+    last = [row for row in found if row["seed"] == 4 and row["options"] == {"n": 2}]
+    assert planned.finish("lenet", "full", (0,), [row for row in found if row not in last]) == []
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@
 
 Each run is one training from a base model, and adds a line to quality.jsonl; runs that are there already are not done
 again, so it can be stopped, resumed, and spread over machines (whose lines are put together with `cat`). First each
-method's epochs and learning rate are swept on one seed; then all seeds are run with those that have the lowest NLL on
-the validation part. The test part is only reported.
+method's epochs and learning rate are swept on one seed, with a third budget where the long one was best; then all seeds
+are run with those that have the lowest NLL on the validation part. The test part is only reported.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import quality_tasks
 import torch
 from quality_group import Candidate, Group, Predicted, Run
 from quality_methods import METHODS, at_temperature, fit_temperature, predict_part
-from quality_plan import SEEDS, SHORT, rest, run_of, sweep
+from quality_plan import SEEDS, SHORT, finish, longer, rest, run_of, sweep
 from quality_report import write_report
 from quality_tasks import BATCH, TASKS, Places
 
@@ -72,32 +72,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """What is missing: of each task the sweep, and as soon as that is there the rest."""
+    """What is missing: a stage after the other, each of all tasks."""
     places = Places(options.fashion, options.digits)
     until = time.time() + 60 * options.minutes if options.minutes else float("inf")
     seeds = SEEDS[options.profile] if options.seeds is None else options.seeds
-    tasks = options.tasks or (SHORT if options.profile == "short" else TASKS)
+    profile, tasks = options.profile, options.tasks or (SHORT if options.profile == "short" else TASKS)
+    stages: list[Callable[[str, list[dict[str, Any]]], list[Run]]] = [
+        lambda task, rows: sweep(task, profile),
+        lambda task, rows: longer(task, profile, rows),
+        lambda task, rows: rest(task, profile, seeds, rows),
+        lambda task, rows: finish(task, profile, seeds, rows),
+    ]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-
-        def submit(groups: Iterable[Sequence[Run]]) -> list[Future[None]]:
-            done = {run_of(row).key for row in read(options.file)}
-            missing = [[run for run in group if run.key not in done] for group in groups]
-            some = [group for group in missing if group]
-            print(f"{sum(map(len, some))} runs to do", flush=True)
-            return [pool.submit(run_group, group, options.file, places, until, options.device) for group in some]
-
-        sweeps = {task: submit(by_seed(sweep(task, options.profile))) for task in tasks}
-        others: list[Future[None]] = []
-        for task, futures in sweeps.items():
+        for stage in stages:
+            rows = read(options.file)
+            done = {run_of(row).key for row in rows}
+            missing = [run for task in tasks for run in stage(task, rows) if run.key not in done]
+            print(f"{len(missing)} runs to do", flush=True)
+            futures = [
+                pool.submit(run_group, group, options.file, places, until, options.device) for group in groups(missing)
+            ]
             for future in futures:
                 future.result()
-            others += submit(rest(task, options.profile, seeds, read(options.file)))
-        for future in others:
-            future.result()
 
 
-def by_seed(runs: Iterable[Run]) -> list[list[Run]]:
-    return [list(some) for _, some in groupby(runs, key=lambda run: run.seed)]
+def groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """Those that follow each other and have a task and a seed in common."""
+    return [list(some) for _, some in groupby(runs, key=lambda run: (run.task, run.seed))]
 
 
 def run_group(runs: Sequence[Run], file: Path, places: Places, until: float, device: str) -> None:
@@ -117,7 +118,8 @@ def carry_out(group: Group, run: Run) -> dict[str, Any]:
     start, failed = time.perf_counter(), None
     try:
         with group.seeded(*run.key, "predict"):  # what dropout draws
-            results = [evaluate(group, candidate) for candidate in METHODS[run.method](group, run)]
+            candidates = METHODS[run.method](group, run)
+            results = [result for candidate in candidates for result in evaluate(group, candidate)]
     except EvaluationError as error:
         results, failed = [], str(error)
     versions = {name: version_of(name) for name in ("masksurgery", "torch", "timm")}
@@ -135,40 +137,47 @@ def place_of(device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def evaluate(group: Group, candidate: Candidate) -> dict[str, Any]:
+def evaluate(group: Group, candidate: Candidate) -> list[dict[str, Any]]:
     """Figures of the validation part and of the test part, and what tells unknown inputs.
 
     "calibrated" are those of the test part with a temperature that is fitted to the validation part, as Ashukha et al.
-    2020 (arXiv:2002.06470) ask for: else a method may win for what any other could have, too.
+    2020 (arXiv:2002.06470) ask for: else a method may win for what any other could have, too. Where that is a method of
+    its own, all its figures follow as a second result.
     """
-    data, kind = group.data, group.task.kind
-    val, test = predict_part(candidate.predict, data.val), predict_part(candidate.predict, data.test)
-    tested = measure(group, candidate, test, detail=True)
+    data, predict, kind = group.data, candidate.predict, group.task.kind
+    parts: dict[Any, Predicted] = {"val": predict_part(predict, data.val), "test": predict_part(predict, data.test)}
+    if data.unknown is not None:
+        parts["unknown"] = [(predict(x), x) for x in data.unknown.split(BATCH)]
+    parts |= {which: predict_part(predict, part) for which, part in group.corrupted.items()}
+    temperature = fit_temperature(kind, parts["val"])
+    tempered = {name: [(at_temperature(p, kind, temperature), y) for p, y in part] for name, part in parts.items()}
+    found = figures_of(group, candidate, parts)
+    other = {**figures_of(group, candidate, tempered), "name": candidate.tempered, "temperature": temperature}
+    found["calibrated"] = other["test"]
+    return [found, other] if candidate.tempered else [found]
+
+
+def figures_of(group: Group, candidate: Candidate, parts: Mapping[Any, Predicted]) -> dict[str, Any]:
+    """One result: what the candidate is, and the figures of what it predicted of each part."""
+    tested = measure(group, candidate, parts["test"], detail=True)
     found: dict[str, Any] = {
         "name": candidate.name, "n": candidate.n, "train_seconds": round(candidate.seconds, 1),
-        "train_epochs": candidate.epochs, "macs": dict(candidate.macs),
-        "temperature": candidate.head.temperature,
-        "val": measure(group, candidate, val, detail=True).compute().figures, "test": tested.compute().figures,
+        "train_epochs": candidate.epochs, "macs": dict(candidate.macs), "temperature": 1.0,
+        "val": measure(group, candidate, parts["val"], detail=True).compute().figures, "test": tested.compute().figures,
     }  # fmt: skip
-    if data.unknown is not None:
-        unknown = RankedScores(kind, n=candidate.n)
-        for x in data.unknown.split(BATCH):
-            unknown.update(candidate.predict(x))  # type: ignore[arg-type]
+    if "unknown" in parts:
+        unknown = RankedScores(group.task.kind, n=candidate.n)
+        for p, _ in parts["unknown"]:
+            unknown.update(p)
         unknown.compute()
         found["auroc"] = {score: row["auroc"] for score, row in detect(tested.ranked, unknown).items()}
     rows: dict[int, list[Mapping[str, float]]] = {}
-    for (_, severity), part in group.corrupted.items():
-        rows.setdefault(severity, []).append(
-            measure(group, candidate, predict_part(candidate.predict, part)).compute().figures
-        )
+    for kind, severity in group.corrupted:
+        rows.setdefault(severity, []).append(measure(group, candidate, parts[kind, severity]).compute().figures)
     found["corrupted"] = {
         severity: {name: sum(row[name] for row in some) / len(some) for name in ("accuracy", "nll", "ece")}
         for severity, some in rows.items()
     }
-    if candidate.head.temperature == 1:
-        temperature = fit_temperature(kind, val)
-        other = [(at_temperature(p, kind, temperature), y) for p, y in test]
-        found["calibrated"] = measure(group, candidate, other).compute().figures
     return found
 
 

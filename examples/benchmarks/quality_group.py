@@ -70,18 +70,19 @@ class Candidate:
         name: The method's, as in the tables.
         n: Members, or passes.
         predict: In eval, and without gradients.
-        head: What aggregates the members in it, with a temperature.
         seconds, epochs: Of training, beyond the base model's; an epoch in which each image meets n members counts n.
         macs: Multiply-adds of one prediction, by how it is computed.
+        tempered: Name of the same with a temperature fitted to the validation part; empty if that is no method of its
+            own.
     """
 
     name: str
     n: int
     predict: Predict
-    head: Head
     seconds: float
     epochs: float
     macs: Mapping[str, int]
+    tempered: str = ""
 
 
 class Group:
@@ -100,7 +101,7 @@ class Group:
 
     @cached_property
     def data(self) -> Data:
-        return self.task.data(self.seed).to(self.device)
+        return self.task.data(self.seed).to(self.device, self.task.layout)
 
     @cached_property
     def corrupted(self) -> dict[tuple[str, int], Part]:
@@ -124,7 +125,7 @@ class Group:
 
         def train() -> Trained:
             with self.seeded(self.name, self.seed, "base", member):
-                model = self.task.model().to(self.device)
+                model = self.task.model().to(self.device, memory_format=self.task.layout)
                 seconds = self.fit(model, self.task.base_epochs, self.task.base_lr)
             return Trained(model, seconds, self.task.base_epochs)
 
@@ -193,7 +194,7 @@ class Group:
         """The base model's probabilities."""
         return self.base().network(x).softmax(1)
 
-    def mixture(self, networks: Sequence[Callable[[Tensor], Any]]) -> tuple[Predict, Head]:
+    def mixture(self, networks: Sequence[Callable[[Tensor], Any]]) -> Predict:
         """What a converted model makes of its members' outputs, of the outputs of these."""
         if self.task.kind == "regression":
             head = Head(len(networks), [0, 0], ["regression", "regression"], heteroscedastic=True)
@@ -203,7 +204,7 @@ class Group:
         def predict(x: Tensor) -> Any:
             return head.aggregate(tree_map(lambda *outputs: torch.cat(outputs), *[network(x) for network in networks]))
 
-        return predict, head
+        return predict
 
     def convert(self, n: int, scale: float, sites: str = "all", **options: Any) -> ConvertedModel:
         regression = {"task": "regression", "heteroscedastic": True} if self.task.kind == "regression" else {}

@@ -17,7 +17,7 @@ import masksurgery
 from masksurgery.calibration import TemperatureFit
 from masksurgery.macs import count_macs
 from masksurgery.model import ConvertedModel
-from masksurgery.prediction import Head, Prediction, RegressionPrediction, classification
+from masksurgery.prediction import Prediction, RegressionPrediction, classification
 from masksurgery.types import Task
 
 MEMBERS = 4
@@ -52,12 +52,8 @@ def at_temperature(
 
 def train_base(group: Group, run: Run) -> Iterator[Candidate]:
     """The base model trained on; and the same with a temperature fitted to the validation part."""
-    trained = group.tuned(run)
-    for name in ("base", "temperature"):
-        predict, head = group.mixture([trained.network])
-        if name == "temperature":
-            head.temperature = fit_temperature(group.task.kind, predict_part(predict, group.data.val))
-        yield Candidate(name, 1, predict, head, trained.seconds, trained.epochs, {"base": group.base_macs})
+    trained, macs = group.tuned(run), {"base": group.base_macs}
+    yield Candidate("base", 1, group.mixture([trained.network]), trained.seconds, trained.epochs, macs, "temperature")
 
 
 def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
@@ -68,8 +64,8 @@ def train_dropout(group: Group, run: Run) -> Iterator[Candidate]:
         seconds = group.fit(model, run.epochs, run.lr)
     for passes in PASSES:
         macs = {"passes": group.base_macs + (passes - 1) * group.repeated_macs}
-        predict, head = group.mixture([lambda x: single(model(x))] * passes)
-        yield Candidate(f"dropout{passes}", passes, predict, head, seconds, run.epochs, macs)
+        predict = group.mixture([lambda x: single(model(x))] * passes)
+        yield Candidate(f"dropout{passes}", passes, predict, seconds, run.epochs, macs)
 
 
 def train_ensemble(group: Group, run: Run) -> Iterator[Candidate]:
@@ -88,11 +84,24 @@ def _ensemble(group: Group, name: str, trained: Sequence[Trained], more: Sequenc
     cost = [(t.seconds, t.epochs) for t in (*trained, *more)]
     seconds, epochs = (sum(column) for column in zip(*cost, strict=True))
     macs = {"members": len(trained) * group.base_macs}
-    return Candidate(name, len(trained), *group.mixture([t.network for t in trained]), seconds, epochs, macs)
+    return Candidate(name, len(trained), group.mixture([t.network for t in trained]), seconds, epochs, macs)
 
 
 def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
-    """The base model converted, and trained on."""
+    """The base model converted, and trained on; it predicts packed."""
+    trained = train_converted(group, run)
+    model, x = trained.network, group.data.test.x[:1]
+    assert isinstance(model, ConvertedModel)
+    n, packed = model.surgery.n, masksurgery.pack(model, "unrolled", dense=False)
+    macs = {"converted": count_macs(model, (x,)), "packed": count_macs(packed, (x,))}
+    cost = (trained.seconds, trained.epochs, macs)
+    yield Candidate("masksembles", n, packed, *cost, "masksembles temperature")
+    if not run.options and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        yield Candidate("own statistics", n, _with_own_statistics(group, model), *cost)
+
+
+def train_converted(group: Group, run: Run) -> Trained:
+    """The base model converted with the run's options, and trained on."""
     recipe, options = Recipe.split({"n": MEMBERS, "scale": 2.0, **run.options})
     model, n = group.convert(**options), options["n"]
     if recipe.core:
@@ -113,17 +122,11 @@ def train_masksembles(group: Group, run: Run) -> Iterator[Candidate]:
 
     with group.seeded(*run.key):
         seconds = group.fit(model, run.epochs, run.lr, begin, recipe.teacher)
-    x = group.data.test.x[:1]
-    packed = masksurgery.pack(model, "unrolled", dense=False)
-    macs = {"converted": count_macs(model, (x,)), "packed": count_macs(packed, (x,))}
     repeated = run.epochs if options.get("train_mode") == "repeat" else recipe.last
-    epochs = run.epochs + repeated * (n - 1)
-    yield Candidate("masksembles", n, model, model.head_module, seconds, epochs, macs)
-    if not run.options and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        yield Candidate("own statistics", n, *_with_own_statistics(group, model), seconds, epochs, macs)
+    return Trained(model, seconds, run.epochs + repeated * (n - 1))
 
 
-def _with_own_statistics(group: Group, model: ConvertedModel) -> tuple[Predict, Head]:
+def _with_own_statistics(group: Group, model: ConvertedModel) -> Predict:
     """Its members, each with BatchNorm statistics of its own: packed they cost the same."""
     networks = []
     for i in range(model.surgery.n):

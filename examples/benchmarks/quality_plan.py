@@ -1,12 +1,16 @@
-"""Which runs `quality.py` does: a sweep of budgets and rates, and then every seed with those that were best."""
+"""Which runs `quality.py` does: a sweep of budgets and rates, and then every seed with those that were best.
+
+Each stage asks what those before it have found.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quality_group import Run
-from quality_settings import best, settings_of
+from quality_settings import MASK_OPTIONS, best, settings_of
 from quality_tasks import TASKS
 
 SHORT = ("lenet", "diabetes")
@@ -17,7 +21,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "base": {}, "masksembles": {}, "ensemble": {}, "tuned ensemble": {}, "dropout": {"p": 0.1},
 }  # fmt: skip
 """The options of each method that are swept; with others a method is trained as was best with these."""
-DROPOUT = (0.25, 0.5)
+DROPOUT = (0.25,)
 MASKS: tuple[dict[str, Any], ...] = (
     {"scale": 1.5}, {"scale": 3.0}, {"scale": 1.2}, {"n": 2}, {"n": 8}, {"n": 8, "scale": 1.2}, {"rescale": False},
 )  # fmt: skip
@@ -27,6 +31,8 @@ RECIPES: tuple[dict[str, Any], ...] = (
     {"shrink": 0.5, "core": 0.5, "teacher": 0.5, "last": 1},
 )  # fmt: skip
 """Other ways to fine-tune, one at a time and together; classifications only, for there is a teacher."""
+RECIPE_SEEDS = 2
+"""Of the seeds the first ones, on which these are tried."""
 
 
 def sweep(task: str, profile: str) -> list[Run]:
@@ -42,36 +48,73 @@ def sweep(task: str, profile: str) -> list[Run]:
     ]
 
 
-def rest(task: str, profile: str, seeds: Sequence[int], rows: Iterable[Mapping[str, Any]]) -> list[list[Run]]:
-    """All seeds of each method, and all that is tried of it, with the budget and the rate that were best in the sweep.
-
-    Best is the lowest NLL of the validation part. Where something is made of a method's runs in two ways (with a
-    temperature, with more passes), each way has its own best.
-
-    Args:
-        seeds: Which.
-        rows: What the sweep has found; a method that is not among it is left out.
-    Returns:
-        For each seed the methods, and after these for each seed what else is tried.
-    """
-    swept = {run.key for run in sweep(task, profile)}
-    rows = [row for row in rows if run_of(row).key in swept]
-    trained = {method: _best_of([row for row in rows if row["method"] == method]) for method in FIRST}
+def longer(task: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """The third budget, for the methods that were best with the long one in the sweep, at the same rate."""
+    budget = max(TASKS[task].epochs) if profile == "full" else None
     return [
-        [Run(task, seed, method, *how, options) for method, options in some for how in trained[method]]
-        for some in (list(FIRST.items()), list(_variations(task, profile)))
-        for seed in seeds
+        replace(run, seed=seed, epochs=TASKS[task].longer)
+        for seed in SEEDS[profile][: TASKS[task].swept]
+        for run in _best(sweep(task, profile), rows)
+        if run.epochs == budget
     ]
 
 
-def _best_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Epochs and learning rate, of each name that there are results of."""
-    settings = settings_of(rows)
-    winners = [best(s for s in settings if s.name == name) for name in dict.fromkeys(s.name for s in settings)]
-    return list(dict.fromkeys((winner.epochs, winner.lr) for winner in winners))
+def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """All seeds of each method with the budget and the rate that were best, and all that is tried of it.
+
+    Best is the lowest NLL of the validation part. Where something is made of a method's runs in two ways (with a
+    temperature, with more passes), each way has its own best. What else is tried of a method is trained as was best
+    without the third budget.
+
+    Args:
+        seeds: Which.
+        rows: What was found so far; a method that is not among it is left out.
+    Returns:
+        For each seed the methods, and after these for each seed what else is tried.
+    """
+    swept = sweep(task, profile)
+    usual, found = _best(swept, rows), _best([*swept, *longer(task, profile, rows)], rows)
+    main = {run.key: run for run in (*found, *usual)}
+    first = {run.method: run for run in reversed(usual)}
+    more = [
+        replace(first[method], seed=seed, options=options)
+        for seed in seeds
+        for method, options in _variations(task, profile, seed)
+        if method in first
+    ]
+    return [replace(run, seed=seed) for seed in seeds for run in main.values()] + more
 
 
-def _variations(name: str, profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """The third budget for the best masks of all that were tried, where the usual ones were best with the long one.
+
+    Empty until all seeds have all that is tried.
+    """
+    tried = [
+        run
+        for run in rest(task, profile, SEEDS[profile], rows)
+        if run.method == "masksembles" and run.options.keys() <= MASK_OPTIONS and run.epochs != TASKS[task].longer
+    ]
+    missing = {run.key for run in tried} - {run_of(row).key for row in rows}
+    if missing or not any(run.method == "masksembles" for run in longer(task, profile, rows)):
+        return []
+    return [replace(run, seed=seed, epochs=TASKS[task].longer) for seed in seeds for run in _best(tried, rows)]
+
+
+def _best(runs: Sequence[Run], rows: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """The best of these runs, as of one seed: of each method, and of each name that there are results of."""
+    keys, found = {run.key for run in runs}, {}
+    mine = [row for row in rows if run_of(row).key in keys]
+    for method in FIRST:
+        settings = settings_of([row for row in mine if row["method"] == method])
+        for name in dict.fromkeys(setting.name for setting in settings):
+            winner = best(setting for setting in settings if setting.name == name)
+            run = replace(runs[0], method=method, epochs=winner.epochs, lr=winner.lr, options=winner.options)
+            found[run.key] = run
+    return list(found.values())
+
+
+def _variations(name: str, profile: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     task, short = TASKS[name], profile == "short"
     for options in MASKS[:2] if short else MASKS:
         yield "masksembles", options
@@ -82,7 +125,7 @@ def _variations(name: str, profile: str) -> Iterator[tuple[str, dict[str, Any]]]
     for p in DROPOUT:
         yield "dropout", {"p": p}
     yield "masksembles", {"train_mode": "repeat"}
-    if task.kind == "classification":
+    if task.kind == "classification" and seed < RECIPE_SEEDS:
         for options in RECIPES:
             yield "masksembles", options
 

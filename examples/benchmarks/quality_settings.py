@@ -15,6 +15,7 @@ TITLES = {
     "dropout4": "MC dropout, 4 passes",
     "dropout30": "MC dropout, 30 passes",
     "masksembles": "Masksembles",
+    "masksembles temperature": "Masksembles, temperature",
     "own statistics": "Masksembles, BatchNorm by member",
     "tuned ensemble": "4 models from the one base model",
     "ensemble": "deep ensemble of 4",
@@ -23,7 +24,7 @@ SCORES = ("entropy", "mutual_information")
 """What tells unknown images; there are AUROCs of."""
 DEFAULT: dict[str, Any] = {}
 """Options of Masksembles as they are."""
-MASKS = {"n", "scale", "sites", "rescale"}
+MASK_OPTIONS = {"n", "scale", "sites", "rescale"}
 """Options that change the masks, and not what training costs."""
 
 
@@ -66,7 +67,7 @@ class Setting:
     @property
     def label(self) -> str:
         """The options."""
-        default = "n 4, scale 2" if self.name == "masksembles" else ""
+        default = "n 4, scale 2" if self.name.startswith("masksembles") else ""
         return ", ".join(f"{name} {value}" for name, value in self.options.items()) or default
 
     @property
@@ -107,14 +108,15 @@ def chosen(settings: Sequence[Setting]) -> dict[str, Setting]:
         mine = [setting for setting in settings if setting.name == name]
         if name == "masksembles":
             found[f"{title}, n=4, scale=2"] = [setting for setting in mine if setting.options == DEFAULT]
-            found[f"{title}, chosen"] = [setting for setting in mine if setting.options.keys() <= MASKS]
+        if name.startswith("masksembles"):
+            found[f"{title}, chosen"] = [setting for setting in mine if setting.options.keys() <= MASK_OPTIONS]
         else:
             found[title] = mine
     return {title: best(some) for title, some in found.items() if some}
 
 
 def variations_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Setting, Setting]]:
-    """What was tried of Masksembles, trained as was best for n=4, scale 2; each beside that, with the same seeds.
+    """What was tried of Masksembles, trained as most of it was; each beside n=4, scale 2 with the same seeds.
 
     First comes n=4, scale 2 itself.
     """
@@ -122,8 +124,9 @@ def variations_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Setting, Sett
     usual = [setting for setting in mine if setting.options == DEFAULT]
     if not usual:
         return []
-    most = max(len(setting.results) for setting in usual)
-    first = best(setting for setting in usual if len(setting.results) == most)
+    counts = Counter((setting.epochs, setting.lr) for setting in mine)
+    most = max((counts[s.epochs, s.lr], len(s.results)) for s in usual)
+    first = best(s for s in usual if (counts[s.epochs, s.lr], len(s.results)) == most)
     pairs = []
     for setting in mine:
         seeds = setting.results.keys() & first.results.keys()

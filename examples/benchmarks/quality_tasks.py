@@ -39,8 +39,8 @@ class Part:
     def take(self, index: Any) -> Part:
         return Part(self.x[index], self.y[index])
 
-    def to(self, device: torch.device) -> Part:
-        return Part(self.x.to(device), self.y.to(device))
+    def to(self, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Part:
+        return Part(self.x.to(device, memory_format=layout), self.y.to(device))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As many samples as are predicted at a time."""
@@ -66,9 +66,10 @@ class Data:
     mean: float | None = None
     std: float | None = None
 
-    def to(self, device: torch.device) -> Data:
-        parts = {name: getattr(self, name).to(device) for name in ("train", "val", "test")}
-        return replace(self, **parts, unknown=None if self.unknown is None else self.unknown.to(device))
+    def to(self, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Data:
+        parts = {name: getattr(self, name).to(device, layout) for name in ("train", "val", "test")}
+        unknown = None if self.unknown is None else self.unknown.to(device, memory_format=layout)
+        return replace(self, **parts, unknown=unknown)
 
     def corrupted(self) -> dict[tuple[str, int], Part]:
         """The first images of the test part, by kind and severity of what was done to them."""
@@ -94,9 +95,11 @@ class Task:
         model: A base model that is not trained on it yet.
         base_epochs, base_lr: What makes it a pretrained model.
         epochs: The budgets of what comes after that, the short one and the long one.
+        longer: A third budget, for those methods that the long one suits better than the short one.
         lrs: The learning rates that every method tries.
         swept: Seeds, from the first on, that budgets and learning rates are chosen by.
         batch: Samples in a step.
+        layout: Of images and weights in memory; it changes the time that training takes.
         sites: Options of `convert` by the name of a group of layers.
         kind: What is predicted; a regression has two outputs, a mean and a log-variance.
     """
@@ -106,11 +109,13 @@ class Task:
     model: Callable[[], nn.Module]
     base_epochs: int
     epochs: tuple[int, int]
+    longer: int
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"all": {}})
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     swept: int = 1
     batch: int = 32
+    layout: torch.memory_format = torch.preserve_format
     kind: Kind = "classification"
 
     @property
@@ -251,6 +256,7 @@ TASKS: dict[str, Task] = {
         lenet,
         base_epochs=10,
         epochs=(5, 20),
+        longer=60,
         sites={"all": {}, "inner": {"include": ["3", "7"]}, "last": {"include": ["7", "9"]}, "head": {"where": "head"}},
     ),
     "resnet": Task(
@@ -259,6 +265,8 @@ TASKS: dict[str, Task] = {
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
         base_epochs=5,
         epochs=(3, 10),
+        longer=30,
+        layout=torch.channels_last,
         sites={
             "all": {}, "inner": {"include": ["layer*.conv1"]}, "last": {"include": ["layer4.*"]},
             "head": {"where": "head"},
@@ -270,6 +278,8 @@ TASKS: dict[str, Task] = {
         lite0,
         base_epochs=3,
         epochs=(3, 6),
+        longer=12,
+        layout=torch.channels_last,
         sites={"all": {}, "last": {"include": ["blocks.5.*", "blocks.6.*", "conv_head"]}, "head": {"where": "head"}},
     ),
     "diabetes": Task(
@@ -278,6 +288,7 @@ TASKS: dict[str, Task] = {
         Mlp,
         base_epochs=10,
         epochs=(5, 20),
+        longer=60,
         sites={"all": {}, "head": {"where": "head"}},
         swept=5,  # the parts are small, and cheap
         kind="regression",
