@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from masksurgery.ensemble import Ensemble
@@ -109,21 +110,36 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequ
 
 
 def _lay_out_attention(program: torch.export.ExportedProgram) -> None:
-    """Lay the results of fused attention out in rows, in place.
+    """Give fused attention four dimensions, and lay its results out in rows, in place.
 
-    torch.onnx traces a program twice. In between the operator of fused attention may become another, whose result lies
-    in another order, and a view of it that was taken in the first trace is an error in the second (torch 2.14, where
-    attention has a bias and the batch is dynamic).
+    torch.onnx writes it for four dimensions alone. And it traces a program twice: in between the operator may become
+    another, whose result lies in another order, and a view of it that was taken in the first trace is an error in the
+    second (torch 2.14, where attention has a bias and the batch is dynamic).
     """
-    graph = program.graph_module.graph
+    graph, aten = program.graph_module.graph, torch.ops.aten
+
+    def call(target: Any, x: Node, *args: Any, **kwargs: Any) -> Node:
+        found = graph.call_function(target, (x, *args), kwargs)
+        found.meta = {**x.meta, "val": target(x.meta["val"], *args, **kwargs)}
+        return found
+
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            with graph.inserting_after(node):
-                rows = graph.call_function(
-                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-                )
-            rows.meta = dict(node.meta)
-            node.replace_all_uses_with(rows, delete_user_cb=lambda user, rows=rows: user is not rows)
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        outer = node.meta["val"].shape[:-3]  # several where windows have a dimension of their own; they become one
+        users = list(node.users)
+        several = len(outer) > 1 and len(node.args) == 3 and all(isinstance(size, int) for size in outer[1:])
+        if several:
+            with graph.inserting_before(node):
+                node.args = tuple(call(aten.flatten.using_ints, x, 0, len(outer) - 1) for x in node.args)
+            node.meta["val"] = node.meta["val"].flatten(0, len(outer) - 1)
+        with graph.inserting_after(node):
+            result = call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        if several:
+            with graph.inserting_after(result):
+                result = call(aten.unflatten.int, result, 0, [-1, *outer[1:]])
+        for user in users:
+            user.replace_input_with(node, result)
     program.graph_module.recompile()
 
 

@@ -98,6 +98,28 @@ def test_attention_with_a_bias_of_its_own(tmp_path: Path) -> None:
     assert max(masksurgery.export(model, tmp_path / "model.onnx").differences.values()) <= 1e-4
 
 
+class Windows(nn.Module):
+    """Attention within windows, which have a dimension of their own: [b, windows, heads, tokens, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x.unflatten(1, (4, 5))).unflatten(-1, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.fc(x.transpose(2, 3).flatten(3).mean((1, 2)))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["converted", "packed"])
+def test_attention_of_five_dimensions(tmp_path: Path, packed: bool) -> None:
+    """Those of torch's exporter are four."""
+    base = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Windows())
+    converted = masksurgery.convert(randomise(base), n=2, example_inputs=(torch.zeros(1, 20, 6),)).eval()
+    model = masksurgery.pack(converted, "unrolled", dense=False) if packed else converted
+    assert max(masksurgery.export(model, tmp_path / "model.onnx").differences.values()) <= 1e-4
+
+
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
