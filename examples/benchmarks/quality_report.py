@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from inference import markdown
-from quality_plan import SEEDS, run_of, sweep
+from quality_plan import SEEDS, longer, run_of, sweep
 from quality_plots import plot_masks, plot_methods
 from quality_settings import (
+    MASK_OPTIONS,
     SCORES,
     TITLES,
     Setting,
@@ -38,7 +39,8 @@ INTRODUCTION = """\
 
 Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs and the learning rate of
 each method (*settings*) are those with the lowest NLL on the validation part in a sweep, of which the last table of a
-task tells. What else is tried of Masksembles is trained as was best for n=4, scale=2, and its table has the differences
+task tells; a third budget is for the methods that the second suited better than the first. What else is tried of
+Masksembles is trained as was best for n=4, scale=2 with the first two budgets, and its table has the differences
 from that with the same seeds. All figures but those of validation are of the test part.
 
 *At its temperature*: the NLL with a temperature fitted to the validation part, without which a method may win by what
@@ -77,7 +79,13 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
         readme.write_text(update_readme(text, "\n".join(choices), *CHOICES), encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
     plot_methods({title: (macs, chosen(some)) for title, macs, some in plots.values()}, folder / "quality.png")
-    pairs = {TASKS[task].title: (base_macs[task], variations_of(by_task[task])) for task in found}
+    pairs = {
+        TASKS[task].title: (
+            base_macs[task],
+            [p for p in variations_of(by_task[task]) if p[0].options.keys() <= MASK_OPTIONS],
+        )
+        for task in found
+    }
     if several := {title: some for title, some in pairs.items() if len(some[1]) > 1}:
         plot_masks(several, folder / "quality_masks.png")
 
@@ -92,13 +100,14 @@ def document(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int
     parts = [f"{INTRODUCTION}\n\n{'; '.join(machines)}; {'; '.join(versions)}.\n"]
     for task, settings in found.items():
         seeds = sorted(settings[0].results)
-        budgets = " or ".join(str(epochs) for epochs in sorted({setting.epochs for setting in settings}))
+        *some, last = map(str, sorted({setting.epochs for setting in settings}))
+        budgets = f"{', '.join(some)} or {last}" if some else last
         had = f"The base model has had {TASKS[task].base_epochs} epochs, and each method {budgets} more."
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed"
         parts.append(f"## {TASKS[task].title}\n\n{count}. {had}\n")
-        some, of_task = chosen(settings), [row for row in rows if row["task"] == task]
-        parts.append(main_table(task, some, base_macs[task]))
-        parts += [shares(some, base_macs[task]), corrupted(some), variations(of_task, base_macs[task])]
+        methods, of_task = chosen(settings), [row for row in rows if row["task"] == task]
+        parts.append(main_table(task, methods, base_macs[task]))
+        parts += [shares(methods, base_macs[task]), corrupted(methods), variations(of_task, base_macs[task])]
         parts.append(tried(task, rows))
     return "\n".join(filter(None, parts))
 
@@ -161,7 +170,8 @@ def variations(rows: Sequence[Mapping[str, Any]], base_macs: int) -> str:
 
 def tried(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each method: the validation NLL by epochs and learning rate; empty without a sweep."""
-    swept = {run.key for profile in SEEDS for run in sweep(task, profile)}
+    runs = [run for profile in SEEDS for run in (*sweep(task, profile), *longer(task, profile, rows))]
+    swept = {run.key for run in runs}
     settings = settings_of([row for row in rows if run_of(row).key in swept])
     ways = sorted({(setting.epochs, setting.lr) for setting in settings})
     lines = []

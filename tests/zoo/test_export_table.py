@@ -22,7 +22,15 @@ def test_the_summaries_count_the_rows() -> None:
     assert report.in_readme(readme, ROWS) == readme
 
 
-def test_all_of_it_works() -> None:
-    """What does not gets its reason here, and in the README."""
+# By architecture and check, why not: also said in the README.
+FAILS = {
+    ("sequencer2d_s", name): "torch.compile leaves LSTMs out, unless torch._dynamo.config.allow_rnn"
+    for name in ("compile_eval", "compile_packed", "compile_train")
+}
+
+
+def test_all_else_works() -> None:
     failed = {(row.architecture, name) for row in ROWS for name, text in row.checks.items() if text != report.OK}
-    assert failed == set()
+    assert failed == {
+        (architecture, name) for architecture, name in FAILS if architecture in {r.architecture for r in ROWS}
+    }
