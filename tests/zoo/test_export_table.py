@@ -26,6 +26,11 @@ def test_the_summaries_count_the_rows() -> None:
 FAILS = {
     ("sequencer2d_s", name): "torch.compile leaves LSTMs out, unless torch._dynamo.config.allow_rnn"
     for name in ("compile_eval", "compile_packed", "compile_train")
+} | {
+    (
+        "tnt_s_legacy_patch16_224",
+        "compile_train",
+    ): "a softmax's output is changed in place; the base model compiles: a bug"
 }
 
 
