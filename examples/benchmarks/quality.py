@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,11 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def groups(runs: Iterable[Run]) -> list[list[Run]]:
-    """Those that follow each other and have a task and a seed in common."""
-    return [list(some) for _, some in groupby(runs, key=lambda run: (run.task, run.seed))]
+    """Those that have a task and a seed in common; ensembles apart, which alone need more than one base model."""
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.task, run.seed, run.method == "ensemble"), []).append(run)
+    return list(found.values())
 
 
 def run_group(runs: Sequence[Run], file: Path, places: Places, until: float, device: str) -> None:

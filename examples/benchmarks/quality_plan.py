@@ -60,7 +60,7 @@ def longer(task: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> list[R
 
 
 def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """All seeds of each method with the budget and the rate that were best, and all that is tried of it.
+    """All seeds of each method with the budget and the rate that were best, and what else is tried of it.
 
     Best is the lowest NLL of the validation part. Where something is made of a method's runs in two ways (with a
     temperature, with more passes), each way has its own best. What else is tried of a method is trained as was best
@@ -70,7 +70,7 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
         seeds: Which.
         rows: What was found so far; a method that is not among it is left out.
     Returns:
-        For each seed the methods, and after these for each seed what else is tried.
+        For each seed the methods, and after these for each of the task's first seeds what else is tried.
     """
     swept = sweep(task, profile)
     usual, found = _best(swept, rows), _best([*swept, *longer(task, profile, rows)], rows)
@@ -79,6 +79,7 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
     more = [
         replace(first[method], seed=seed, options=options)
         for seed in seeds
+        if seed in SEEDS[profile][: TASKS[task].varied]
         for method, options in _variations(task, profile, seed)
         if method in first
     ]
@@ -86,19 +87,24 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
 
 
 def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """The third budget for the best masks of all that were tried, where the usual ones were best with the long one.
+    """All seeds of the best masks that were tried; with the third budget too, where it suited the usual ones.
 
-    Empty until all seeds have all that is tried.
+    Empty until all that is tried is there.
     """
     tried = [
         run
-        for run in rest(task, profile, SEEDS[profile], rows)
+        for run in rest(task, profile, SEEDS[profile][: TASKS[task].varied], rows)
         if run.method == "masksembles" and run.options.keys() <= MASK_OPTIONS and run.epochs != TASKS[task].longer
     ]
-    missing = {run.key for run in tried} - {run_of(row).key for row in rows}
-    if missing or not any(run.method == "masksembles" for run in longer(task, profile, rows)):
+    if {run.key for run in tried} - {run_of(row).key for row in rows}:
         return []
-    return [replace(run, seed=seed, epochs=TASKS[task].longer) for seed in seeds for run in _best(tried, rows)]
+    budgets = {run.epochs for run in tried} | {r.epochs for r in longer(task, profile, rows) if r.method == "masksembles"}
+    return [
+        replace(run, seed=seed, epochs=epochs)
+        for seed in seeds
+        for run in _best(tried, rows)
+        for epochs in sorted(budgets)
+    ]
 
 
 def _best(runs: Sequence[Run], rows: Iterable[Mapping[str, Any]]) -> list[Run]:

@@ -98,6 +98,7 @@ class Task:
         longer: A third budget, for those methods that the long one suits better than the short one.
         lrs: The learning rates that every method tries.
         swept: Seeds, from the first on, that budgets and learning rates are chosen by.
+        varied: Seeds, from the first on, that masks and other options are chosen by.
         batch: Samples in a step.
         layout: Of images and weights in memory; it changes the time that training takes.
         sites: Options of `convert` by the name of a group of layers.
@@ -114,6 +115,7 @@ class Task:
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     swept: int = 1
+    varied: int = 5
     batch: int = 32
     layout: torch.memory_format = torch.preserve_format
     kind: Kind = "classification"
@@ -260,12 +262,13 @@ TASKS: dict[str, Task] = {
         sites={"all": {}, "inner": {"include": ["3", "7"]}, "last": {"include": ["7", "9"]}, "head": {"where": "head"}},
     ),
     "resnet": Task(
-        "ResNet (timm's test_resnet) on Fashion-MNIST, 10,000 images",
-        partial(_fashion, train=10_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
+        "ResNet (timm's test_resnet) on Fashion-MNIST, 5,000 images",
+        partial(_fashion, train=5_000, val=2_500, size=28, channels=1, mean=0.286, std=0.353),
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
-        base_epochs=5,
+        base_epochs=10,
         epochs=(3, 10),
         longer=30,
+        varied=2,
         layout=torch.channels_last,
         sites={
             "all": {}, "inner": {"include": ["layer*.conv1"]}, "last": {"include": ["layer4.*"]},
@@ -279,6 +282,7 @@ TASKS: dict[str, Task] = {
         base_epochs=3,
         epochs=(3, 6),
         longer=12,
+        varied=2,
         layout=torch.channels_last,
         sites={"all": {}, "last": {"include": ["blocks.5.*", "blocks.6.*", "conv_head"]}, "head": {"where": "head"}},
     ),
