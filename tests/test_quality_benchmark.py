@@ -416,20 +416,43 @@ def test_all_seeds_have_what_was_best_in_the_sweep(planned: ModuleType) -> None:
     assert {run.method for run in planned.rest("lenet", "full", (0,), begun)} == {"base"}
 
 
-def test_the_best_masks_have_the_third_budget_too(planned: ModuleType) -> None:
-    found = found_in(planned.sweep("lenet", "full"))
-    found += found_in(planned.longer("lenet", "full", found), {("masksembles", 60): -1.0})
+def test_options_are_tried_on_the_first_seeds(planned: ModuleType) -> None:
+    assert planned.TASKS["resnet"].varied == 2
+    found = found_in(planned.sweep("resnet", "full"), {("masksembles", 3): -1.0})
+    options = {seed: [run.options for run in planned.rest("resnet", "full", (seed,), found)] for seed in range(5)}
+    assert {"n": 8} in options[0] and options[0] == options[1]
+    assert all(given in ({}, {"p": 0.1}) for seed in (2, 3, 4) for given in options[seed])
+
+
+@pytest.mark.parametrize("task", ["lenet", "resnet"])
+def test_the_best_masks_get_all_seeds_and_the_third_budget(planned: ModuleType, task: str) -> None:
+    usual, longest = max(planned.TASKS[task].epochs), planned.TASKS[task].longer
+    best = {("masksembles", usual): -0.1, ("masksembles temperature", usual): -0.1}
+    found = found_in(planned.sweep(task, "full"), best)
+    found += found_in(planned.longer(task, "full", found), {("masksembles", longest): -1.0})
     nll = {
-        ("masksembles", 20, ("n", 8)): -1.0, ("masksembles temperature", 20, ("scale", 1.2)): -1.0,
-        ("masksembles", 20, ("teacher", 0.5)): -2.0,
+        ("masksembles", usual, ("n", 8)): -1.0, ("masksembles temperature", usual, ("scale", 1.2)): -1.0,
+        ("masksembles", usual, ("teacher", 0.5)): -2.0,
     }  # fmt: skip
-    found += found_in(planned.rest("lenet", "full", range(5), found), nll)
-    runs = planned.finish("lenet", "full", (0, 1), found)
+    found += found_in(planned.rest(task, "full", range(5), found), {**best, **nll})
+    runs = planned.finish(task, "full", (0, 4), found)
     assert [(run.seed, run.method, run.epochs, run.lr, run.options) for run in runs] == [
-        (seed, "masksembles", 60, 1e-3, options) for seed in (0, 1) for options in ({"n": 8}, {"scale": 1.2})
+        (seed, "masksembles", epochs, 1e-3, options)
+        for seed in (0, 4)
+        for options in ({"n": 8}, {"scale": 1.2})
+        for epochs in (usual, longest)
     ]
-    last = [row for row in found if row["seed"] == 4 and row["options"] == {"n": 2}]
-    assert planned.finish("lenet", "full", (0,), [row for row in found if row not in last]) == []
+    begun = [row for row in found if (row["seed"], row["options"]) != (1, {"n": 2})]
+    assert planned.finish(task, "full", (0,), begun) == []
+
+
+def test_ensembles_run_apart(script: ModuleType, planned: ModuleType) -> None:
+    runs = planned.sweep("diabetes", "full")
+    groups = script.groups(runs)
+    assert len(groups) == 10 and sorted(run.key for some in groups for run in some) == sorted(r.key for r in runs)
+    for some in groups:
+        assert len({run.seed for run in some}) == 1
+        assert {run.method == "ensemble" for run in some} in ({True}, {False})
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -98,12 +98,12 @@ def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping
     ]
     if {run.key for run in tried} - {run_of(row).key for row in rows}:
         return []
-    budgets = {run.epochs for run in tried} | {r.epochs for r in longer(task, profile, rows) if r.method == "masksembles"}
+    usual = [run for run in longer(task, profile, rows) if run.method == "masksembles"]
     return [
         replace(run, seed=seed, epochs=epochs)
         for seed in seeds
         for run in _best(tried, rows)
-        for epochs in sorted(budgets)
+        for epochs in sorted({run.epochs for run in (*tried, *usual)})
     ]
 
 
