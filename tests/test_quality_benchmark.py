@@ -384,13 +384,23 @@ def found_in(runs: Sequence[Any], nll: dict[Any, float] | None = None) -> list[d
     return found
 
 
-def test_a_third_budget_is_for_those_that_the_long_one_suits(planned: ModuleType) -> None:
+def test_more_epochs_are_for_those_that_the_most_suit_best(planned: ModuleType) -> None:
     found = found_in(planned.sweep("lenet", "full"))
     runs = planned.longer("lenet", "full", found)
     assert [(run.seed, run.method, run.epochs, run.lr) for run in runs] == [
         (0, "base", 60, 1e-3), (0, "masksembles", 60, 1e-3),
     ]  # fmt: skip
     assert planned.longer("lenet", "short", found_in(planned.sweep("lenet", "short"))) == []
+
+    assert planned.TASKS["resnet"].longer == (30, 60)
+    short = {(name, 3): -0.1 for name in ("base", "temperature", "tuned ensemble")}
+    short |= {(name, 3, ("p", 0.1)): -0.1 for name in NAMES["dropout"]}
+    found = found_in(planned.sweep("resnet", "full"), short)
+    runs = planned.longer("resnet", "full", found)
+    assert {(run.method, run.epochs) for run in runs} == {("masksembles", 30), ("ensemble", 30)}
+    found += found_in(runs, {("masksembles", 30): -0.2, ("ensemble", 30): 2.0})
+    more = planned.longer("resnet", "full", found)
+    assert {(run.method, run.epochs) for run in more if run not in runs} == {("masksembles", 60)}
 
 
 def test_all_seeds_have_what_was_best_in_the_sweep(planned: ModuleType) -> None:
@@ -425,11 +435,13 @@ def test_options_are_tried_on_the_first_seeds(planned: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("task", ["lenet", "resnet"])
-def test_the_best_masks_get_all_seeds_and_the_third_budget(planned: ModuleType, task: str) -> None:
-    usual, longest = max(planned.TASKS[task].epochs), planned.TASKS[task].longer
-    best = {("masksembles", usual): -0.1, ("masksembles temperature", usual): -0.1}
+def test_the_best_masks_get_all_seeds_and_the_longest_training(planned: ModuleType, task: str) -> None:
+    usual, longest = max(planned.TASKS[task].epochs), planned.TASKS[task].longer[0]
+    best = {
+        ("masksembles", usual): -0.1, ("masksembles temperature", usual): -0.1, ("masksembles", longest): -0.5,
+    }  # fmt: skip
     found = found_in(planned.sweep(task, "full"), best)
-    found += found_in(planned.longer(task, "full", found), {("masksembles", longest): -1.0})
+    found += found_in(planned.longer(task, "full", found), best)
     nll = {
         ("masksembles", usual, ("n", 8)): -1.0, ("masksembles temperature", usual, ("scale", 1.2)): -1.0,
         ("masksembles", usual, ("teacher", 0.5)): -2.0,

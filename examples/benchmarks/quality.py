@@ -7,8 +7,8 @@
 
 Each run is one training from a base model, and adds a line to quality.jsonl; runs that are there already are not done
 again, so it can be stopped, resumed, and spread over machines (whose lines are put together with `cat`). First each
-method's epochs and learning rate are swept on one seed, with a third budget where the long one was best; then all seeds
-are run with those that have the lowest NLL on the validation part. The test part is only reported.
+method's epochs and learning rate are swept on one seed, with a longer budget as long as the longest was best; then all
+seeds are run with those that have the lowest NLL on the validation part. The test part is only reported.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+Stage = Callable[[str, list[dict[str, Any]]], list[Run]]
+"""The runs of a task, by what was found so far."""
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +79,7 @@ def run_all(options: argparse.Namespace) -> None:
     until = time.time() + 60 * options.minutes if options.minutes else float("inf")
     seeds = SEEDS[options.profile] if options.seeds is None else options.seeds
     profile, tasks = options.profile, options.tasks or (SHORT if options.profile == "short" else TASKS)
-    stages: list[Callable[[str, list[dict[str, Any]]], list[Run]]] = [
+    stages: list[Stage] = [
         lambda task, rows: sweep(task, profile),
         lambda task, rows: longer(task, profile, rows),
         lambda task, rows: rest(task, profile, seeds, rows),
@@ -84,15 +87,22 @@ def run_all(options: argparse.Namespace) -> None:
     ]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         for stage in stages:
-            rows = read(options.file)
-            done = {run_of(row).key for row in rows}
-            missing = [run for task in tasks for run in stage(task, rows) if run.key not in done]
-            print(f"{len(missing)} runs to do", flush=True)
-            futures = [
-                pool.submit(run_group, group, options.file, places, until, options.device) for group in groups(missing)
-            ]
-            for future in futures:
-                future.result()
+            while missing := _missing(stage, tasks, read(options.file)):  # what is found may lead to more
+                print(f"{len(missing)} runs to do", flush=True)
+                futures = [
+                    pool.submit(run_group, group, options.file, places, until, options.device)
+                    for group in groups(missing)
+                ]
+                for future in futures:
+                    future.result()
+                if time.time() > until:
+                    return
+
+
+def _missing(stage: Stage, tasks: Iterable[str], rows: list[dict[str, Any]]) -> list[Run]:
+    """The runs of a stage that no line is of."""
+    done = {run_of(row).key for row in rows}
+    return [run for task in tasks for run in stage(task, rows) if run.key not in done]
 
 
 def groups(runs: Iterable[Run]) -> list[list[Run]]:

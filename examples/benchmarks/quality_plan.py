@@ -49,14 +49,18 @@ def sweep(task: str, profile: str) -> list[Run]:
 
 
 def longer(task: str, profile: str, rows: Iterable[Mapping[str, Any]]) -> list[Run]:
-    """The third budget, for the methods that were best with the long one in the sweep, at the same rate."""
-    budget = max(TASKS[task].epochs) if profile == "full" else None
-    return [
-        replace(run, seed=seed, epochs=TASKS[task].longer)
-        for seed in SEEDS[profile][: TASKS[task].swept]
-        for run in _best(sweep(task, profile), rows)
-        if run.epochs == budget
-    ]
+    """More budgets, each for the methods that were best with the one before it, at the same rate.
+
+    Args:
+        rows: What was found so far; a budget follows when those of the one before it are among it.
+    """
+    found, runs = TASKS[task], sweep(task, profile)
+    swept, budget = len(runs), max(found.epochs)
+    for more in found.longer if profile == "full" else ():
+        best = [run for run in _best(runs, rows) if run.epochs == budget]
+        runs += [replace(r, seed=seed, epochs=more) for seed in SEEDS[profile][: found.swept] for r in best]
+        budget = more
+    return runs[swept:]
 
 
 def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
@@ -64,7 +68,7 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
 
     Best is the lowest NLL of the validation part. Where something is made of a method's runs in two ways (with a
     temperature, with more passes), each way has its own best. What else is tried of a method is trained as was best
-    without the third budget.
+    with the budgets of the sweep.
 
     Args:
         seeds: Which.
@@ -87,23 +91,19 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
 
 
 def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """All seeds of the best masks that were tried; with the third budget too, where it suited the usual ones.
+    """All seeds of the best masks that were tried, with the budgets that suited the usual ones.
 
     Empty until all that is tried is there.
     """
-    tried = [
-        run
-        for run in rest(task, profile, SEEDS[profile][: TASKS[task].varied], rows)
-        if run.method == "masksembles" and run.options.keys() <= MASK_OPTIONS and run.epochs != TASKS[task].longer
-    ]
+    runs = [run for run in rest(task, profile, SEEDS[profile], rows) if run.method == "masksembles"]
+    budgets = sorted({run.epochs for run in runs if not run.options})
+    first = SEEDS[profile][: TASKS[task].varied]
+    tried = [run for run in runs if run.seed in first and run.epochs in TASKS[task].epochs]
+    tried = [run for run in tried if run.options.keys() <= MASK_OPTIONS]
     if {run.key for run in tried} - {run_of(row).key for row in rows}:
         return []
-    usual = [run for run in longer(task, profile, rows) if run.method == "masksembles"]
     return [
-        replace(run, seed=seed, epochs=epochs)
-        for seed in seeds
-        for run in _best(tried, rows)
-        for epochs in sorted({run.epochs for run in (*tried, *usual)})
+        replace(run, seed=seed, epochs=epochs) for seed in seeds for run in _best(tried, rows) for epochs in budgets
     ]
 
 

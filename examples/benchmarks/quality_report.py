@@ -39,7 +39,7 @@ INTRODUCTION = """\
 
 Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs and the learning rate of
 each method (*settings*) are those with the lowest NLL on the validation part in a sweep, of which the last table of a
-task tells; a third budget is for the methods that the second suited better than the first. What else is tried of
+task tells; longer budgets are for the methods that were best with the longest before. What else is tried of
 Masksembles is trained as was best for n=4, scale=2 with the first two budgets, and its table has the differences
 from that with the same seeds. All figures but those of validation are of the test part.
 

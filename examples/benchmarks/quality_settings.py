@@ -87,14 +87,14 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
 
 
 def settings_of(rows: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """Those that can be compared: with as many seeds as all the methods have, for a seed may only have begun."""
+    """Those that can be compared: with the seeds that most methods have, for a seed may only have begun."""
     found = collect(rows)
     counts = Counter(seed for setting in found for seed in setting.results)
     furthest = [seed for seed, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
     choices = [set(furthest[: k + 1]) for k in range(len(furthest))]
 
-    def worth(some: set[int]) -> tuple[int, int]:
-        return len({setting.name for setting in found if some <= setting.results.keys()}), len(some)
+    def worth(some: set[int]) -> int:
+        return len(some) * len({setting.name for setting in found if some <= setting.results.keys()})
 
     seeds = max(choices, key=worth, default=set())
     return [setting.of(seeds) for setting in found if seeds <= setting.results.keys()]

@@ -95,7 +95,7 @@ class Task:
         model: A base model that is not trained on it yet.
         base_epochs, base_lr: What makes it a pretrained model.
         epochs: The budgets of what comes after that, the short one and the long one.
-        longer: A third budget, for those methods that the long one suits better than the short one.
+        longer: More budgets, each for those methods that were best with the one before it.
         lrs: The learning rates that every method tries.
         swept: Seeds, from the first on, that budgets and learning rates are chosen by.
         varied: Seeds, from the first on, that masks and other options are chosen by.
@@ -110,7 +110,7 @@ class Task:
     model: Callable[[], nn.Module]
     base_epochs: int
     epochs: tuple[int, int]
-    longer: int
+    longer: tuple[int, ...]
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"all": {}})
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
@@ -258,7 +258,7 @@ TASKS: dict[str, Task] = {
         lenet,
         base_epochs=10,
         epochs=(5, 20),
-        longer=60,
+        longer=(60,),
         sites={"all": {}, "inner": {"include": ["3", "7"]}, "last": {"include": ["7", "9"]}, "head": {"where": "head"}},
     ),
     "resnet": Task(
@@ -267,7 +267,7 @@ TASKS: dict[str, Task] = {
         partial(timm.create_model, "test_resnet", in_chans=1, num_classes=10),
         base_epochs=10,
         epochs=(3, 10),
-        longer=30,
+        longer=(30, 60),
         varied=2,
         layout=torch.channels_last,
         sites={
@@ -281,7 +281,7 @@ TASKS: dict[str, Task] = {
         lite0,
         base_epochs=3,
         epochs=(3, 6),
-        longer=12,
+        longer=(12,),
         varied=2,
         layout=torch.channels_last,
         sites={"all": {}, "last": {"include": ["blocks.5.*", "blocks.6.*", "conv_head"]}, "head": {"where": "head"}},
@@ -292,7 +292,7 @@ TASKS: dict[str, Task] = {
         Mlp,
         base_epochs=10,
         epochs=(5, 20),
-        longer=60,
+        longer=(60,),
         sites={"all": {}, "head": {"where": "head"}},
         swept=5,  # the parts are small, and cheap
         kind="regression",
