@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +163,28 @@ def evaluate(group: Group, candidate: Candidate) -> list[dict[str, Any]]:
         parts["unknown"] = [(predict(x), x) for x in data.unknown.split(BATCH)]
     parts |= {which: predict_part(predict, part) for which, part in group.corrupted.items()}
     temperature = fit_temperature(kind, parts["val"])
-    tempered = {name: [(at_temperature(p, kind, temperature), y) for p, y in part] for name, part in parts.items()}
+
+    def tempered(part: Predicted) -> Predicted:
+        return [(at_temperature(p, kind, temperature), y) for p, y in part]
+
     found = figures_of(group, candidate, parts)
-    other = {**figures_of(group, candidate, tempered), "name": candidate.tempered, "temperature": temperature}
+    if not candidate.tempered:
+        found["calibrated"] = measure(group, candidate, tempered(parts["test"]), detail=True).compute().figures
+        return [found]
+    twin = replace(candidate, name=candidate.tempered)
+    other = figures_of(group, twin, {name: tempered(part) for name, part in parts.items()}, temperature)
     found["calibrated"] = other["test"]
-    return [found, other] if candidate.tempered else [found]
+    return [found, other]
 
 
-def figures_of(group: Group, candidate: Candidate, parts: Mapping[Any, Predicted]) -> dict[str, Any]:
-    """One result: what the candidate is, and the figures of what it predicted of each part."""
+def figures_of(
+    group: Group, candidate: Candidate, parts: Mapping[Any, Predicted], temperature: float = 1.0
+) -> dict[str, Any]:
+    """One result: what the candidate is, and the figures of what it predicted of each part at this temperature."""
     tested = measure(group, candidate, parts["test"], detail=True)
     found: dict[str, Any] = {
         "name": candidate.name, "n": candidate.n, "train_seconds": round(candidate.seconds, 1),
-        "train_epochs": candidate.epochs, "macs": dict(candidate.macs), "temperature": 1.0,
+        "train_epochs": candidate.epochs, "macs": dict(candidate.macs), "temperature": temperature,
         "val": measure(group, candidate, parts["val"], detail=True).compute().figures, "test": tested.compute().figures,
     }  # fmt: skip
     if "unknown" in parts:
