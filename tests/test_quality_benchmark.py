@@ -596,6 +596,13 @@ def test_options_are_compared_with_the_usual_ones_of_the_same_seeds(report: Modu
     assert lines["n 8"][:2] == ["2", "+0.100 ± 0.050"] and lines["n 2"][:2] == ["1", "-0.100"]
 
 
+def test_a_method_has_one_color_in_all_plots(report: ModuleType) -> None:
+    colors_of = sys.modules["quality_plots"].colors_of
+    found = {"a": (1, dict.fromkeys(["base", "dropout", "ensemble"])), "b": (1, dict.fromkeys(["ensemble", "own"]))}
+    colors = colors_of(found)
+    assert list(colors) == ["base", "dropout", "ensemble", "own"] and len(set(colors.values())) == 4
+
+
 def test_one_seed_has_no_standard_error(report: ModuleType, tmp_path: Path) -> None:
     report.write_report([rows([result("base", 0.5, 0.4)]), rows([result("ensemble", 0.4, 0.3, members=400)])], tmp_path)
     text = (tmp_path / "quality.md").read_text()

@@ -24,17 +24,24 @@ def plot_methods(found: Found, file: Path) -> None:
         for figure in LABELS
         if next(iter(rest[1].values())).values(figure)
     ]
+    colors = colors_of(found)
     with _grid(len(panels), file) as (figure, grid):
         for axes, (title, base_macs, settings, what) in zip(grid, panels, strict=False):
-            for k, (name, setting) in enumerate(settings.items()):
-                mean = _point(axes, prediction_macs(setting, base_macs), setting.values(what), f"C{k}", name)
+            for name, setting in settings.items():
+                mean = _point(axes, prediction_macs(setting, base_macs), setting.values(what), colors[name], name)
                 macs = relative_macs(setting, base_macs)
                 if "packed" in macs:
-                    axes.plot(macs["converted"], mean, "o", color=f"C{k}", fillstyle="none")
+                    axes.plot(macs["converted"], mean, "o", color=colors[name], fillstyle="none")
             _dress(axes, title, LABELS[what])
         named = [axes.get_legend_handles_labels() for axes in grid]
         handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+def colors_of(found: Found) -> dict[str, str]:
+    """By what a setting is called: the same for all tasks, of which some have fewer methods."""
+    names = dict.fromkeys(name for _, settings in found.values() for name in settings)
+    return {name: f"C{k}" for k, name in enumerate(names)}
 
 
 def plot_masks(found: Mapping[str, tuple[int, Sequence[tuple[Setting, Setting]]]], file: Path) -> None:
