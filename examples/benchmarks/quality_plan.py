@@ -102,9 +102,8 @@ def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping
     tried = [run for run in tried if run.options.keys() <= MASK_OPTIONS]
     if {run.key for run in tried} - {run_of(row).key for row in rows}:
         return []
-    return [
-        replace(run, seed=seed, epochs=epochs) for seed in seeds for run in _best(tried, rows) for epochs in budgets
-    ]
+    winners = _best(tried, rows)
+    return [replace(run, seed=seed, epochs=epochs) for seed in seeds for run in winners for epochs in budgets]
 
 
 def _best(runs: Sequence[Run], rows: Iterable[Mapping[str, Any]]) -> list[Run]:
