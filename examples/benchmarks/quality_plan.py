@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from quality_group import Run
-from quality_settings import MASK_OPTIONS, best, settings_of
+from quality_settings import MASK_OPTIONS, best, collect, is_afforded, settings_of
 from quality_tasks import TASKS
 
 SHORT = ("lenet", "diabetes")
@@ -33,12 +33,14 @@ RECIPES: tuple[dict[str, Any], ...] = (
 """Other ways to fine-tune, one at a time and together; classifications only, for there is a teacher."""
 RECIPE_SEEDS = 2
 """Of the seeds the first ones, on which these are tried."""
+FINALISTS = 3
+"""Masks that are trained longest."""
 
 
 def sweep(task: str, profile: str) -> list[Run]:
     """Each method with all budgets and learning rates, the same for all of them, on the task's first seeds."""
     found = TASKS[task]
-    budgets = found.epochs[1:] if profile == "short" else found.epochs[::-1]
+    budgets = found.epochs[-1:] if profile == "short" else found.epochs[::-1]
     return [
         Run(task, seed, method, epochs, lr, options)
         for seed in SEEDS[profile][: found.swept]
@@ -68,7 +70,7 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
 
     Best is the lowest NLL of the validation part. Where something is made of a method's runs in two ways (with a
     temperature, with more passes), each way has its own best. What else is tried of a method is trained as was best
-    with the budgets of the sweep.
+    with the budgets that it can have, and beside it the method as it was swept.
 
     Args:
         seeds: Which.
@@ -76,34 +78,47 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
     Returns:
         For each seed the methods, and after these for each of the task's first seeds what else is tried.
     """
-    swept = sweep(task, profile)
-    usual, found = _best(swept, rows), _best([*swept, *longer(task, profile, rows)], rows)
-    main = {run.key: run for run in (*found, *usual)}
-    first = {run.method: run for run in reversed(usual)}
+    swept = [*sweep(task, profile), *longer(task, profile, rows)]
+    best = [replace(run, seed=seed) for seed in seeds for run in _best(swept, rows)]
+    usual = {run.method: run for run in reversed(_best([r for r in swept if r.epochs <= _tried(task)], rows))}
     more = [
-        replace(first[method], seed=seed, options=options)
+        replace(usual[method], seed=seed, options=options)
         for seed in seeds
         if seed in SEEDS[profile][: TASKS[task].varied]
         for method, options in _variations(task, profile, seed)
-        if method in first
+        if method in usual
     ]
-    return [replace(run, seed=seed) for seed in seeds for run in main.values()] + more
+    return list({run.key: run for run in best + more}.values())
+
+
+def _tried(task: str) -> int:
+    return TASKS[task].tried or max(TASKS[task].epochs)
 
 
 def finish(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """All seeds of the best masks that were tried, with the budgets that suited the usual ones.
+    """The best masks with the longest budget: a few of them on one seed, and then the best of these on all seeds.
 
-    Empty until all that is tried is there.
+    They are among those that cost less than half a deep ensemble. Empty until all that is tried is there.
     """
+    found, done = TASKS[task], {run_of(row).key for row in rows}
     runs = [run for run in rest(task, profile, SEEDS[profile], rows) if run.method == "masksembles"]
-    budgets = sorted({run.epochs for run in runs if not run.options})
-    first = SEEDS[profile][: TASKS[task].varied]
-    tried = [run for run in runs if run.seed in first and run.epochs in TASKS[task].epochs]
-    tried = [run for run in tried if run.options.keys() <= MASK_OPTIONS]
-    if {run.key for run in tried} - {run_of(row).key for row in rows}:
+    tried = {run.key for run in runs if run.epochs <= _tried(task) and run.options.keys() <= MASK_OPTIONS}
+    if not tried or tried - done:
         return []
-    winners = _best(tried, rows)
-    return [replace(run, seed=seed, epochs=epochs) for seed in seeds for run in winners for epochs in budgets]
+    settings = collect(row for row in rows if run_of(row).key in tried)
+    base_macs = next(row["base_macs"] for row in rows if row["task"] == task)
+    some = [s for s in settings if s.name == "masksembles" and is_afforded(s, base_macs)]
+    longest = max((run for run in runs if not run.options), key=lambda run: run.epochs)
+    finalists = [
+        replace(longest, seed=seed, options=setting.options)
+        for seed in SEEDS[profile][: found.swept]
+        for setting in sorted(some, key=lambda setting: setting.val_nll)[:FINALISTS]
+    ]
+    if {run.key for run in finalists} - done:
+        return finalists
+    usual = [replace(run, options={}) for run in finalists]
+    winners = _best([*finalists, *usual], rows)
+    return finalists + [replace(run, seed=seed) for seed in seeds for run in winners]
 
 
 def _best(runs: Sequence[Run], rows: Iterable[Mapping[str, Any]]) -> list[Run]:
@@ -121,6 +136,8 @@ def _best(runs: Sequence[Run], rows: Iterable[Mapping[str, Any]]) -> list[Run]:
 
 def _variations(name: str, profile: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     task, short = TASKS[name], profile == "short"
+    for method in ("masksembles", "dropout"):
+        yield method, FIRST[method]
     for options in MASKS[:2] if short else MASKS:
         yield "masksembles", options
     for sites in ("head",) if short else [sites for sites in task.sites if sites != "all"]:

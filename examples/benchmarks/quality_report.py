@@ -40,8 +40,9 @@ INTRODUCTION = """\
 Written by `examples/benchmarks/quality.py`. Mean ± standard error over the seeds. The epochs and the learning rate of
 each method (*settings*) are those with the lowest NLL on the validation part in a sweep, of which the last table of a
 task tells; longer budgets are for the methods that were best with the longest before. What else is tried of
-Masksembles is trained as was best for n=4, scale=2 with the first two budgets, and its table has the differences
-from that with the same seeds. All figures but those of validation are of the test part.
+Masksembles is trained as was best for n=4, scale=2 with a budget that all of it can have, and its table has the
+differences from that with the same seeds; the best few masks that cost less than half the ensemble are then trained
+longest on one seed, and the best of these on all. All figures but those of validation are of the test part.
 
 *At its temperature*: the NLL with a temperature fitted to the validation part, without which a method may win by what
 any other could have too (Ashukha et al. 2020, arXiv:2002.06470). *Epochs* are all that were trained beyond the base
@@ -49,7 +50,7 @@ model. *MACs* are multiply-adds of a prediction, the base model's as 1, of Masks
 dropout with what stands before it computed once. *BatchNorm by member*: the same weights, with statistics that are
 re-estimated for each member on the training part. Unknown images are MNIST's. The share of a gain is told, with an
 error by the jackknife, where the deep ensemble's is above two standard errors. "Chosen" are Masksembles with any n,
-scale and sites, trained at the same cost.
+scale and sites that cost less than half the ensemble, trained at the same cost.
 
 The seeds differ in initial weights, masks and batches; images are split in one way, so that the errors are those of
 training. The patients of diabetes are split anew for each seed, but out of the same 442."""
@@ -78,7 +79,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
         choices = [heading(task, found[task]) + variations(by_task[task], base_macs[task]) for task in found]
         readme.write_text(update_readme(text, "\n".join(choices), *CHOICES), encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
-    plot_methods({title: (macs, chosen(some)) for title, macs, some in plots.values()}, folder / "quality.png")
+    plot_methods({title: (macs, chosen(some, macs)) for title, macs, some in plots.values()}, folder / "quality.png")
     pairs = {
         TASKS[task].title: (
             base_macs[task],
@@ -105,7 +106,7 @@ def document(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str, int
         had = f"The base model has had {TASKS[task].base_epochs} epochs, and each method {budgets} more."
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed"
         parts.append(f"## {TASKS[task].title}\n\n{count}. {had}\n")
-        methods, of_task = chosen(settings), [row for row in rows if row["task"] == task]
+        methods, of_task = chosen(settings, base_macs[task]), [row for row in rows if row["task"] == task]
         parts.append(main_table(task, methods, base_macs[task]))
         parts += [shares(methods, base_macs[task]), corrupted(methods), variations(of_task, base_macs[task])]
         parts.append(tried(task, rows))
@@ -120,7 +121,7 @@ def readme_tables(found: Mapping[str, Sequence[Setting]], base_macs: Mapping[str
     """What a reader wants first: a table for each task, without what was chosen."""
     parts = []
     for task, settings in found.items():
-        some, lines = chosen(settings), []
+        some, lines = chosen(settings, base_macs[task]), []
         shown = {figure: title for figure, title in columns(task).items() if figure not in ("brier", "aurc", "crps")}
         for title, setting in some.items():
             cells = [mean_and_error(setting.values(figure)) for figure in shown]

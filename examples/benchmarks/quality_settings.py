@@ -26,6 +26,8 @@ DEFAULT: dict[str, Any] = {}
 """Options of Masksembles as they are."""
 MASK_OPTIONS = {"n", "scale", "sites", "rescale"}
 """Options that change the masks, and not what training costs."""
+AFFORDED = 2.0
+"""Of the base model's multiply-adds what a prediction may cost to be chosen: half a deep ensemble of 4."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,18 @@ def best(settings: Iterable[Setting]) -> Setting:
     return min(settings, key=lambda setting: setting.val_nll)
 
 
-def chosen(settings: Sequence[Setting]) -> dict[str, Setting]:
-    """By title the setting of each method; of Masksembles also of those that cost as much to train as the default."""
+def chosen(settings: Sequence[Setting], base_macs: int) -> dict[str, Setting]:
+    """By title the setting of each method; of Masksembles also of those that cost as much to train as the default.
+
+    Of these only what can be afforded.
+    """
     found: dict[str, list[Setting]] = {}
     for name, title in TITLES.items():
         mine = [setting for setting in settings if setting.name == name]
         if name == "masksembles":
             found[f"{title}, n=4, scale=2"] = [setting for setting in mine if setting.options == DEFAULT]
         if name.startswith("masksembles"):
-            found[f"{title}, chosen"] = [setting for setting in mine if setting.options.keys() <= MASK_OPTIONS]
+            found[f"{title}, chosen"] = [setting for setting in mine if is_afforded(setting, base_macs)]
         else:
             found[title] = mine
     return {title: best(some) for title, some in found.items() if some}
@@ -149,6 +154,11 @@ def prediction_macs(setting: Setting, base_macs: int) -> float:
     """Of the base model's: of Masksembles packed."""
     macs = relative_macs(setting, base_macs)
     return macs.get("packed", next(iter(macs.values())))
+
+
+def is_afforded(setting: Setting, base_macs: int) -> bool:
+    """Whether these are masks that cost less than half a deep ensemble, and no more training than others."""
+    return setting.options.keys() <= MASK_OPTIONS and prediction_macs(setting, base_macs) < AFFORDED
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -94,8 +94,9 @@ class Task:
         data: The data of a seed.
         model: A base model that is not trained on it yet.
         base_epochs, base_lr: What makes it a pretrained model.
-        epochs: The budgets of what comes after that, the short one and the long one.
+        epochs: The budgets of what comes after that, from the shortest on.
         longer: More budgets, each for those methods that were best with the one before it.
+        tried: The longest budget of what else is tried of a method; 0 for the last of `epochs`.
         lrs: The learning rates that every method tries.
         swept: Seeds, from the first on, that budgets and learning rates are chosen by.
         varied: Seeds, from the first on, that masks and other options are chosen by.
@@ -109,8 +110,9 @@ class Task:
     data: Callable[[int], Data]
     model: Callable[[], nn.Module]
     base_epochs: int
-    epochs: tuple[int, int]
+    epochs: tuple[int, ...]
     longer: tuple[int, ...]
+    tried: int = 0
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"all": {}})
     base_lr: float = 1e-3
     lrs: tuple[float, ...] = (1e-3, 3e-3)
@@ -268,7 +270,7 @@ TASKS: dict[str, Task] = {
         base_epochs=10,
         epochs=(3, 10),
         longer=(30, 60),
-        varied=2,
+        varied=1,
         layout=torch.channels_last,
         sites={
             "all": {}, "inner": {"include": ["layer*.conv1"]}, "last": {"include": ["layer4.*"]},
@@ -279,10 +281,11 @@ TASKS: dict[str, Task] = {
         "EfficientNet-Lite0 from ImageNet on Fashion-MNIST, 6,000 images",
         partial(_fashion, train=6_000, val=1_000, size=64, channels=3, mean=0.5, std=0.5, test=2_000),
         lite0,
-        base_epochs=3,
-        epochs=(3, 6),
-        longer=(12,),
-        varied=2,
+        base_epochs=2,
+        epochs=(1,),
+        longer=(3, 6, 12),
+        tried=3,
+        varied=1,
         layout=torch.channels_last,
         sites={"all": {}, "last": {"include": ["blocks.5.*", "blocks.6.*", "conv_head"]}, "head": {"where": "head"}},
     ),
