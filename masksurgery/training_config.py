@@ -25,7 +25,8 @@ class FinetuneConfig:
     But for BatchNorm, and for what dropout and mixup draw, neither processes nor `accumulate` change what a step does.
 
     Attributes:
-        epochs: How often every training image is seen.
+        epochs: How often every training image is seen; an ensemble with masks gains from several times as many as its
+            base model does (README, "Quality").
         batch_size: Images of a step, over all processes.
         accumulate: Parts that a process computes its share of a step in, one after another, to save memory.
         opt: One of timm's optimisers.
@@ -57,7 +58,7 @@ class FinetuneConfig:
         ConfigError: A value cannot be.
     """
 
-    epochs: int = 10
+    epochs: int = 30
     batch_size: int = 32
     accumulate: int = 1
     opt: str = "adamw"

@@ -1,4 +1,7 @@
-"""Settings that hold for every test: one torch thread, repeatable properties, and how Keras starts where it is used."""
+"""Settings that hold for every test: one torch thread, repeatable properties, and how Keras starts where it is used.
+
+`slow(parts=8)` marks a test as one of many alike, of which CI takes an eighth with each commit (`zoo/selection.py`).
+"""
 
 import atexit
 import os
@@ -11,8 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 
+import pytest
 import torch
 from hypothesis import settings
+from selection import chosen
 
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"], ignore_errors=True)
 
@@ -21,3 +26,12 @@ torch.set_num_threads(1)
 
 settings.register_profile("masksurgery", derandomize=True, deadline=None)
 settings.load_profile("masksurgery")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that the commit does not choose."""
+    markers = {item: item.get_closest_marker("slow") for item in items}
+    left = [item for item, mark in markers.items() if mark and not chosen(item.nodeid, mark.kwargs.get("parts", 1))]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]

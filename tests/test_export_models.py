@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 import masksurgery
 from nets import randomise
-from selection import chosen, commit
 from test_examples import load_example
 from test_export import run_onnx
 
@@ -35,10 +34,7 @@ NAMES = (
     "swin_tiny_patch4_window7_224",
     "deeplabv3_mobilenet_v3_large",
 )
-left_out = pytest.mark.skip(reason=f"not in the part that commit {commit()[:12]} chooses")
-six = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if chosen(f"export {name}", parts=3) else left_out) for name in NAMES]
-)
+six = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow(parts=3)) for name in NAMES])
 
 
 def images(name: str, batch: int) -> Tensor:

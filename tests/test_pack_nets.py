@@ -82,7 +82,7 @@ def test_grouped_is_converted(net: Net) -> None:
         assert_packed(ours, model, samples(net, batch))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=8)
 @nets
 def test_single_precision(net: Net) -> None:
     model = in_dtype(converted(net.name)[1], torch.float32)
@@ -100,7 +100,7 @@ def test_a_member_alone_is_the_base_model_with_its_masks(net: Net) -> None:
     assert not any(isinstance(module, _Masksembles) for module in alone.modules())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=8)
 @nets
 def test_members_are_isolated(net: Net) -> None:
     """Other masks for one member change that one alone."""
@@ -138,7 +138,7 @@ def test_weights_of_a_member_are_its_own(net: Net) -> None:
     assert any(changed) != (net.name in WITHOUT_OWN_WEIGHTS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=8)
 @nets
 def test_the_converted_model_is_unchanged(net: Net) -> None:
     _, model = convert(net)
@@ -159,7 +159,7 @@ def test_the_converted_model_is_unchanged(net: Net) -> None:
     assert model.train().training
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=8)
 @nets
 def test_packed_costs_no_more(net: Net) -> None:
     _, model = converted(net.name)
