@@ -17,6 +17,7 @@ os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-")
 import pytest
 import torch
 from hypothesis import settings
+
 from selection import chosen
 
 atexit.register(shutil.rmtree, os.environ["KERAS_HOME"], ignore_errors=True)
