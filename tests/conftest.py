@@ -4,6 +4,7 @@
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -31,8 +32,16 @@ settings.load_profile("masksurgery")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that the commit does not choose."""
-    markers = {item: item.get_closest_marker("slow") for item in items}
-    left = [item for item, mark in markers.items() if mark and not chosen(item.nodeid, mark.kwargs.get("parts", 1))]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    taken: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        marker = item.get_closest_marker("slow")
+        taken[marker is None or chosen(item.nodeid, marker.kwargs.get("parts", 1))].append(item)
+    if taken[False]:
+        config.hook.pytest_deselected(items=taken[False])
+        items[:] = taken[True]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out what has been imported: it is most of what there is, and stays."""
+    gc.collect()
+    gc.freeze()

@@ -86,12 +86,14 @@ def test_the_size_of_a_video() -> None:
     assert recipe.kwargs == {} and inputs[0].shape == (1, 3, 16, 32, 32) and not hasattr(base, "pretrained_cfg")
 
 
+@pytest.mark.slow
 def test_the_argument_of_torchvisions_transformers() -> None:
     base, recipe, inputs = create_base("torchvision:vit_b_32", pretrained=False, img_size=64)
     assert recipe.kwargs == {"image_size": 64} and base.encoder.pos_embedding.shape[1] == 2 * 2 + 1
     assert inputs[0].shape == (1, 3, 64, 64) and base.pretrained_cfg["input_size"] == (3, 64, 64)
 
 
+@pytest.mark.slow
 def test_size_channels_and_classes_together(tmp_path: Path) -> None:
     base, recipe, inputs = create_base("test_vit", pretrained=False, img_size=48, in_chans=1, num_classes=5)
     assert inputs[0].shape == (1, 1, 48, 48) and base.pretrained_cfg["input_size"] == (1, 48, 48)
@@ -143,6 +145,7 @@ def test_a_checkpoint_that_timm_cannot_resample(fails: bool, tmp_path: Path, mon
         create_base("test_vit", checkpoint=path, img_size=64)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_found_after_the_pretrained_cfg_was_changed(tmp_path: Path) -> None:
     """What fine-tuning sets tells of the use of a model, and no longer of the tag that it is made by."""
     base = timm.create_model("test_vit", num_classes=5, img_size=64, in_chans=1).eval()

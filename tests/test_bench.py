@@ -191,6 +191,7 @@ def test_channels_last_reaches_weights_and_images() -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_is_what_it_is_known_to_be() -> None:
     peaks = cpu_peaks(Hungry, [vectors(samples) for samples in (48, 8, 24)], ONE)
     if not os.access(memory.CLEAR_REFS, os.W_OK):
@@ -219,6 +220,7 @@ def test_no_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatc
     assert cpu_peaks(Hungry, [vectors(1), vectors(2)], ONE) == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access(memory.CLEAR_REFS, os.W_OK), reason="memory cannot be measured on this system")
 def test_no_memory_where_the_process_is_killed() -> None:
     assert cpu_peaks(killed, [vectors(1)], ONE) == [None]

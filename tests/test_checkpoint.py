@@ -105,6 +105,7 @@ def assert_equal(one: ConvertedModel, other: ConvertedModel, *args: Any, **kwarg
         assert x.dtype == y.dtype and torch.equal(x, y)
 
 
+@pytest.mark.slow
 def test_folders_predict_the_same_in_another_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     models, inputs = {}, {}
@@ -316,6 +317,7 @@ print(model.temperature, model.threshold)
 """
 
 
+@pytest.mark.slow
 def test_a_fitted_model_is_the_same_in_another_process(tmp_path: Path) -> None:
     model = masksurgery.convert(randomise(timm.create_model("test_resnet", num_classes=7), 0).eval(), n=3)
     x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -133,6 +133,7 @@ def test_inspect_prints_what_convert_does_as_json(run: Callable[..., Result]) ->
     assert macs["input_repeat"] == 3 * macs["base"] > 3 * macs["late_repeat"] / 3 > macs["base"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_inspect_lists_every_layer_in_80_columns(run: Callable[..., Result], name: str) -> None:
     result = run("inspect", name)
@@ -151,6 +152,7 @@ def test_inspect_lists_every_layer_in_80_columns(run: Callable[..., Result], nam
     assert next(line.split()[-1] for line in lines if "repeated" in line) == "4.000"
 
 
+@pytest.mark.slow
 def test_inspect_shows_heads_and_streams(run: Callable[..., Result]) -> None:
     options = ("--heads", "--tie", "stream", "--multiple-of", 16)
     lines = [line.strip() for line in run("inspect", "test_vit", *options).out.splitlines()]
@@ -163,6 +165,7 @@ def test_inspect_shows_heads_and_streams(run: Callable[..., Result]) -> None:
     assert [site["layer"] for site in sites if site["stream"] == site["mask"]] == ["patch_embed.proj"]
 
 
+@pytest.mark.slow
 def test_inspect_changes_the_model_as_it_is_told(run: Callable[..., Result]) -> None:
     options = (
         "--num-classes",
@@ -220,6 +223,7 @@ def test_convert_head_ends_with_predict(run: Callable[..., Result], tmp_path: Pa
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_convert_passes_every_option_on(run: Callable[..., Result], tmp_path: Path) -> None:
     options = (
         "--n", 3, "--scale", 1.7, "--after", "Conv2d", "--include", "layer2.*", "--exclude", "*.conv1", "--seed", 5,
@@ -252,6 +256,7 @@ def test_convert_everywhere_asks_for_fine_tuning_once(run: Callable[..., Result]
     assert logging.getLogger("masksurgery").handlers == []
 
 
+@pytest.mark.slow
 def test_convert_reads_weights(run: Callable[..., Result], tmp_path: Path) -> None:
     base = timm.create_model("test_resnet").eval()
     torch.save(base.state_dict(), tmp_path / "weights.pth")
@@ -276,6 +281,7 @@ def test_a_model_of_ones_own(run: Callable[..., Result], factories: str, tmp_pat
     assert "for models of one image" in refused.err and "float32[1, 10]" in refused.err
 
 
+@pytest.mark.slow
 def test_a_folder_is_not_overwritten_unasked(run: Callable[..., Result], tmp_path: Path, saved: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(saved, folder)
@@ -300,6 +306,7 @@ def test_the_output_is_checked_before_the_model_is_built(
     assert "scale=0.5 is not a finite number" in run("convert", *SMALL, "-o", tmp_path / "m", "--scale", 0.5).err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_not_written(
     run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +329,7 @@ def test_other_exceptions_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_classes_and_pixels(run: Callable[..., Result], tmp_path: Path, photos: Path) -> None:
     base, folder = timm.create_model("test_resnet").eval(), tmp_path / "m"
     torch.save(base.state_dict(), tmp_path / "weights.pth")
@@ -542,6 +550,7 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(
     assert [line.split()[0] for line in result.out.splitlines()[1::5]] == ["b.png", "more/c.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 def test_other_tasks(run: Callable[..., Result], photos: Path, task: str) -> None:
     folder = photos / "model"
@@ -576,6 +585,7 @@ def start(*arguments: Any) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_a_process_that_predicts(photos: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "more" / "c.png").write_bytes(b"")
     monkeypatch.chdir(photos.parent)
@@ -583,6 +593,7 @@ def test_a_process_that_predicts(photos: Path, saved: Path, monkeypatch: pytest.
     assert status == 1 and len(out.splitlines()) >= 3 and err.count("\n") == 1 and "photos/more/c.png" in err
 
 
+@pytest.mark.slow
 def test_a_process_that_is_interrupted(factories: str) -> None:
     assert start("convert", f"{factories}:interrupted", "-o", "other") == (130, "", "")
     assert not Path("other").exists()

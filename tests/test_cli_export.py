@@ -42,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return Path("model")
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_file_of_its_name(run: Callable[..., Result], folder: Path) -> None:
     found = run("export", folder)
     assert found.status == 0 and found.err == ""
@@ -62,6 +63,7 @@ def test_a_folder_becomes_a_file_of_its_name(run: Callable[..., Result], folder:
     assert onnxruntime.InferenceSession("model.onnx").get_inputs()[0].shape == [1, 3, 64, 64]
 
 
+@pytest.mark.slow
 def test_a_packed_folder_and_the_other_format(run: Callable[..., Result], folder: Path) -> None:
     masksurgery.save(masksurgery.pack(masksurgery.load(folder), "unrolled"), "packed")
     found = run("export", "packed", "-o", "small.pt2")

@@ -126,6 +126,7 @@ def test_pack_refuses(run: Callable[..., Result], place: Path, arguments: tuple[
 # --- bench -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_of_a_converted_model(
     run: Callable[..., Result], place: Path, tmp_path: Path, no_process: list[Any]
 ) -> None:
@@ -155,6 +156,7 @@ def test_bench_of_a_converted_model(
     assert row[1] == f"{rows['packed', 1]['latency_ms']:.1f}"
 
 
+@pytest.mark.slow
 def test_bench_chooses_what_to_compare_with(
     run: Callable[..., Result], place: Path, tmp_path: Path, no_process: list[Any]
 ) -> None:
@@ -166,6 +168,7 @@ def test_bench_chooses_what_to_compare_with(
     assert [line.split()[-6] for line in done.out.splitlines()[2:4]] == ["-", "-"]  # no ratio
 
 
+@pytest.mark.slow
 def test_bench_of_a_packed_model(
     run: Callable[..., Result], place: Path, tmp_path: Path, no_process: list[Any]
 ) -> None:
@@ -214,6 +217,7 @@ def test_bench_refuses(
 # --- the variants of a folder ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_variant_is_made_again_as_it_was(place: Path) -> None:
     variants = open_variants(place / "converted", None, ONE)
     outputs = {}
@@ -229,6 +233,7 @@ def test_every_variant_is_made_again_as_it_was(place: Path) -> None:
         assert (outputs[name] - outputs["late"]).abs().max() <= 1e-4 * outputs["late"].abs().max()
 
 
+@pytest.mark.slow
 def test_what_was_chosen_here_is_not_chosen_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -414,6 +414,7 @@ def lambda_free(base: nn.Module) -> nn.Module:
 # --- other people's models -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_live_in_training_only() -> None:
     base = randomise(torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False)).double().eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)

@@ -62,7 +62,7 @@ def test_an_epoch_of_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3))])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_restart_at_any_step(tmp_path: Path, workers: int, world: int) -> None:
     train = open_it(write_shards(tmp_path, (5, 7, 6, 6, 7, 5))).train

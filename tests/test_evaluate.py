@@ -56,6 +56,7 @@ def read(model: masksurgery.ConvertedModel, folder: Path) -> tuple[Tensor, Tenso
     return torch.stack([transform(Image.open(file))[0] for file in files]), torch.tensor(y)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_a_plain_loop(place: Path, data: DataConfig) -> None:
     found = evaluate([place / "base", place / "ensemble"], data, config=SMALL)
     base, ensemble = found.models
@@ -74,6 +75,7 @@ def test_figures_are_those_of_a_plain_loop(place: Path, data: DataConfig) -> Non
     assert "agreement" not in base.figures
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_what_finetune_validates_with(place: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     make_images(flat, train=20, val=0)
@@ -109,6 +111,7 @@ def test_out_of_distribution(place: Path, data: DataConfig) -> None:
     assert len(galleries["surest"][0].votes) == 4
 
 
+@pytest.mark.slow
 def test_corruption(place: Path, data: DataConfig) -> None:
     config = EvaluateConfig(corrupt=("noise", "rotation"), workers=0, batch_size=8)
     one = evaluate(place / "ensemble", data, config=config)
@@ -122,6 +125,7 @@ def test_corruption(place: Path, data: DataConfig) -> None:
             assert figures["nll"] != pytest.approx(one.models[0].figures["nll"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_and_stored(place: Path, data: DataConfig, tmp_path: Path) -> None:
     folder = masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / "model")
     config = EvaluateConfig(temperature=True, coverage=0.5, score="entropy", workers=0, fit_fraction=0.4)
@@ -145,6 +149,7 @@ def test_a_temperature_is_fitted_and_stored(place: Path, data: DataConfig, tmp_p
     assert 0.2 < answered < 0.8
 
 
+@pytest.mark.slow
 def test_a_threshold_of_another_temperature_is_dropped(
     place: Path, data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,6 +217,7 @@ def write_table(folder: Path, columns: int, draw: str) -> Path:
     return folder / "table.csv"
 
 
+@pytest.mark.slow
 def test_regression(tmp_path: Path) -> None:
     folder, table = convert_small(tmp_path, "regression", 2), write_table(tmp_path / "data", 2, "numbers")
     save_base(load_base(folder), tmp_path / "base", masksurgery.load(folder).recipe)
@@ -225,6 +231,7 @@ def test_regression(tmp_path: Path) -> None:
     assert ensemble.threshold is not None and ensemble.threshold.score == "variance"
 
 
+@pytest.mark.slow
 def test_multilabel(tmp_path: Path) -> None:
     folder, table = convert_small(tmp_path, "multilabel", 3), write_table(tmp_path / "data", 3, "labels")
     found = evaluate(folder, DataConfig(str(table)), config=SMALL, everything=True)
@@ -277,6 +284,7 @@ def test_segmentation(tmp_path: Path) -> None:
     assert len(found.models[0].corruption["rotation"]) == 5
 
 
+@pytest.mark.slow
 def test_folders_are_called_by_what_tells_them_apart(place: Path, data: DataConfig, tmp_path: Path) -> None:
     for name in ("one/model", "two/model"):
         shutil.copytree(place / "base", tmp_path / name)
@@ -375,6 +383,7 @@ def assert_close(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
+@pytest.mark.slow
 def test_the_command(place: Path, tmp_path: Path) -> None:
     masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / "ensemble")
     shutil.copytree(place / "base", tmp_path / "base")
@@ -394,6 +403,7 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
     assert "unsure" in out
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_found_first(place: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", place / "ensemble", "--data", place / "images", "--report", "nowhere/report.html")
     _, err = run(*arguments, folder=tmp_path, status=2)

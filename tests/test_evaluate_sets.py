@@ -50,6 +50,7 @@ def write_noise(folder: Path, count: int, mean: float, seed: int) -> Path:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_figures_of_its_images(place: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", val=11)
     x, y, model = [], [], masksurgery.load(place / "ensemble")
@@ -96,6 +97,7 @@ def test_a_number_of_images_is_not_for_a_stream_beside_them(place: Path, data: D
 # --- several sets ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_sets_beside_each_other(place: Path, data: DataConfig, tmp_path: Path) -> None:
     one, two = write_noise(tmp_path / "one", 6, 110, 1), write_noise(tmp_path / "two", 7, 110, 2)
     config = EvaluateConfig(ood=(str(one), str(two), f"{one}/"), workers=0, gallery=5)
@@ -119,6 +121,7 @@ def test_a_set_that_is_not_there_is_named(place: Path, data: DataConfig) -> None
         evaluate(place / "ensemble", data, config=EvaluateConfig(ood=("nowhere",), workers=0))
 
 
+@pytest.mark.slow
 def test_names_and_pictures_of_a_gallery_belong_together(place: Path, data: DataConfig) -> None:
     found = evaluate(place / "ensemble", data, config=EvaluateConfig(workers=0, batch_size=4, gallery=27))
     model = masksurgery.load(place / "ensemble")
@@ -143,6 +146,7 @@ def test_without_galleries(place: Path, data: DataConfig, tmp_path: Path) -> Non
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_some_of_the_classes_are_matched_by_name(place: Path, tmp_path: Path) -> None:
     whole = evaluate(place / "ensemble", DataConfig(str(place / "images")), config=SMALL)
     right = 0.0
@@ -171,6 +175,7 @@ def test_a_base_model_and_an_ensemble_in_memory(place: Path, data: DataConfig) -
     assert [model.kind for model in found.models] == ["base", "converted"]
 
 
+@pytest.mark.slow
 def test_a_grey_model_beside_one_in_colour(place: Path, data: DataConfig, tmp_path: Path) -> None:
     base = make_timm("test_resnet", num_classes=3, in_chans=1)
     grey = masksurgery.convert(base, example_inputs=(torch.zeros(1, 1, 32, 32),))
@@ -183,6 +188,7 @@ def test_a_grey_model_beside_one_in_colour(place: Path, data: DataConfig, tmp_pa
     assert first.models[0].figures == evaluate([place / "ensemble", grey], stream, config=SMALL).models[1].figures
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_anew(place: Path, tmp_path: Path) -> None:
     folder = masksurgery.save(masksurgery.load(place / "ensemble"), tmp_path / "model")
     shutil.copytree(place / "images" / "val", tmp_path / "val")
@@ -197,6 +203,7 @@ def test_a_temperature_is_fitted_anew(place: Path, tmp_path: Path) -> None:
     assert plain.models[0].temperature is None  # and not 1
 
 
+@pytest.mark.slow
 def test_one_member_gets_no_threshold_by_what_it_does_not_have(
     place: Path, data: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,6 +271,7 @@ def test_images_and_masks_of_another_size_than_the_model(tmp_path: Path) -> None
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_outputs_are_checked_first(place: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", place / "ensemble", "--data", place / "images", "--json", "one", "--csv", "./one")
     _, err = run(*arguments, folder=tmp_path, status=2)

@@ -34,6 +34,7 @@ def test_digits_example_fits_a_page() -> None:
     assert sum("masksurgery.convert(" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_digits_example_trains_converts_and_evaluates_with_one_loop() -> None:
     pytest.importorskip("sklearn")
     base, ensemble, disagreement = ([x.item() for x in pair] for pair in load_example("digits").main().values())
@@ -43,6 +44,7 @@ def test_digits_example_trains_converts_and_evaluates_with_one_loop() -> None:
     assert 0 < 3 * disagreement[0] < disagreement[1]
 
 
+@pytest.mark.slow
 def test_keras_example_shows_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
     example = load_example("keras_digits")
     assert sum("mk.convert(" in line for line in (EXAMPLES / "keras_digits.py").read_text().splitlines()) == 1

@@ -58,7 +58,9 @@ def run_program(path: Path, *inputs: Tensor) -> Any:
         return torch.export.load(path).module()(*inputs)
 
 
-@pytest.mark.parametrize("kind", ["converted", "unrolled", "grouped"])
+@pytest.mark.parametrize(
+    "kind", ["converted", *(pytest.param(x, marks=pytest.mark.slow) for x in ("unrolled", "grouped"))]
+)
 def test_files_hold_what_the_model_computes(tmp_path: Path, kind: str) -> None:
     converted = convert()
     model: Any = converted if kind == "converted" else masksurgery.pack(converted, kind, dense=kind == "grouped")
@@ -81,6 +83,7 @@ def test_files_hold_what_the_model_computes(tmp_path: Path, kind: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_temperature_and_what_eval_returns_are_in_it(tmp_path: Path, format: str) -> None:
     model, x = convert(), torch.randn(4, 3, 12, 12)
@@ -93,6 +96,7 @@ def test_the_temperature_and_what_eval_returns_are_in_it(tmp_path: Path, format:
     assert np.allclose(values, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_outputs_have_names_of_their_own(tmp_path: Path) -> None:
     model, x = convert("dict"), torch.randn(2, 3, 12, 12)
     found = masksurgery.export(model, tmp_path / "model.onnx")
@@ -106,11 +110,13 @@ def test_several_outputs_have_names_of_their_own(tmp_path: Path) -> None:
     assert np.allclose(values["size.variance"], expected["size"].variance, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_regression_has_its_three_fields(tmp_path: Path) -> None:
     found = masksurgery.export(convert(task="regression"), tmp_path / "model.onnx")
     assert found.outputs == ("mean", "variance", "members")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_static_file_takes_one_sample(tmp_path: Path, format: str) -> None:
     model = convert()
@@ -133,6 +139,7 @@ class Words(nn.Module):
         return self.out(self.hidden(self.embed(words) + table * scale).relu().mean(1))
 
 
+@pytest.mark.slow
 def test_integers_keywords_and_inputs_without_a_batch(tmp_path: Path) -> None:
     example = {"words": torch.zeros(1, 6, dtype=torch.long), "table": torch.zeros(6, 8), "scale": 0.5}
     model = masksurgery.convert(randomise(Words()), n=2, example_inputs=example, unbatched=["table"]).eval()
@@ -148,6 +155,7 @@ def test_integers_keywords_and_inputs_without_a_batch(tmp_path: Path) -> None:
         assert torch.allclose(program(words, table=table).mean, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
     model = convert()
@@ -157,6 +165,7 @@ def test_other_precisions(tmp_path: Path, dtype: torch.dtype) -> None:
         assert 0 < max(masksurgery.export(model, tmp_path / "model.onnx").differences.values()) <= 2e-2
 
 
+@pytest.mark.slow
 def test_what_the_runtime_does_not_have_is_said(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"what was exported does not run: .*implementation for Conv.*No file was"):
         masksurgery.export(convert().double(), tmp_path / "model.onnx")
@@ -178,6 +187,7 @@ class Odd(nn.Module):
         return {"nothing": None, "answer": [self.out(self.threshold(x)), self.number]}
 
 
+@pytest.mark.slow
 def test_odd_outputs_odd_inputs_and_names_that_are_taken(tmp_path: Path) -> None:
     pair = torch.randn(3, 4), torch.randn(3, 4)
     model = masksurgery.convert(randomise(Odd()), n=2, task="regression", example_inputs=(pair,)).eval()
@@ -195,6 +205,7 @@ def test_odd_outputs_odd_inputs_and_names_that_are_taken(tmp_path: Path) -> None
         masksurgery.export(model, tmp_path / "number.onnx")  # which ONNX does not have among its outputs
 
 
+@pytest.mark.slow
 def test_a_buffer_may_be_called_as_an_output_is(tmp_path: Path) -> None:
     class Normalising(Net):
         def __init__(self) -> None:
@@ -240,6 +251,7 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     assert model(torch.zeros(3, 3, 12, 12)).shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_the_file_says_what_a_program_has_to_know(tmp_path: Path) -> None:
     model = convert()
     model.threshold, model.temperature = Threshold("entropy", 0.75), 1.5
@@ -283,6 +295,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         masksurgery.export(convert(), tmp_path / "none" / "model.pt2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_computes_something_else_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
@@ -295,6 +308,7 @@ def test_what_computes_something_else_is_not_written(
     assert file.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_run_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     static = masksurgery.export_program(convert(), static=True)
     monkeypatch.setattr(module, "export_program", lambda model, static_=False, **_: static)
@@ -362,6 +376,7 @@ def test_differences_are_of_the_largest_number() -> None:
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [4, 7])
 @pytest.mark.parametrize("train_mode", ["split", "repeat"])
 def test_compiled_without_graph_breaks_in_training(batch: int, train_mode: Any) -> None:
@@ -381,6 +396,7 @@ def test_compiled_without_graph_breaks_in_training(batch: int, train_mode: Any) 
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(gradients, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["converted", "unrolled", "grouped"])
 def test_compiled_without_graph_breaks_in_eval(kind: str) -> None:
     torch._dynamo.reset()

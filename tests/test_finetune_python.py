@@ -79,6 +79,7 @@ def test_the_folder_is_a_model_that_knows_its_classes(
     assert set(NAMES) <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_model_object_is_not_changed(images: Path, converted: Path, tmp_path: Path) -> None:
     model = masksurgery.load(converted)
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -89,6 +90,7 @@ def test_a_model_object_is_not_changed(images: Path, converted: Path, tmp_path: 
     assert tensors_of(tmp_path / "run") == tensors_of(other)
 
 
+@pytest.mark.slow
 def test_what_was_fitted_to_the_weights_before_is_forgotten(
     images: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +111,7 @@ def test_what_was_fitted_to_the_weights_before_is_forgotten(
     assert metrics_of(tmp_path / "run")[-1]["val_nll"] == metrics_of(plain)[-1]["val_nll"]
 
 
+@pytest.mark.slow
 def test_statistics_are_estimated_under_the_masks_first(images: Path, converted: Path, tmp_path: Path) -> None:
     still = {"epochs": 1, "lr": 1e-12, "opt": "sgd", "weight_decay": 0.0}
     runs = {
@@ -122,6 +125,7 @@ def test_statistics_are_estimated_under_the_masks_first(images: Path, converted:
     assert shifts[True] > 2 * shifts[False] > 0
 
 
+@pytest.mark.slow
 def test_the_base_model_is_trained_by_the_same_code(
     images: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +155,7 @@ def score(base: nn.Module, images: Path) -> float:
         return nn.functional.cross_entropy(base.eval()(x), y).item()
 
 
+@pytest.mark.slow
 def test_freeze_trains_the_output_layer_only(images: Path, converted: Path, tmp_path: Path) -> None:
     for recalibrate in (True, False):
         folder = finetune(converted, images, tmp_path / str(recalibrate), freeze=True, recalibrate=recalibrate)
@@ -163,6 +168,7 @@ def test_freeze_trains_the_output_layer_only(images: Path, converted: Path, tmp_
         assert (len(changed) > 2) == recalibrate  # masks change what a BatchNorm sees, once
 
 
+@pytest.mark.slow
 def test_trackers_get_the_figures(images: Path, converted: Path, tmp_path: Path) -> None:
     folder = finetune(converted, images, tmp_path / "run", log_with=("tensorboard",), log_every=1)
     seen = EventAccumulator(str(folder / "masksurgery")).Reload()
@@ -173,6 +179,7 @@ def test_trackers_get_the_figures(images: Path, converted: Path, tmp_path: Path)
     assert [event.step for event in seen.Scalars("lr")] == [int(row["step"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_and_evaluates_in_the_right_graph(images: Path, converted: Path, tmp_path: Path) -> None:
     for precision in ("no", "bf16", "no"):  # Accelerate's state does not stay with the process
         folder = finetune(converted, images, tmp_path / precision, mixed_precision=precision, force=True)
@@ -184,6 +191,7 @@ def test_mixed_precision_trains_and_evaluates_in_the_right_graph(images: Path, c
     assert plain != half and plain == pytest.approx(half, rel=0.1)
 
 
+@pytest.mark.slow
 def test_broken_images_are_left_out_and_named(
     images: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +206,7 @@ def test_broken_images_are_left_out_and_named(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["found.train"] == 23
 
 
+@pytest.mark.slow
 def test_broken_samples_of_shards_are_named_in_training_and_in_validation(
     converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,6 +262,7 @@ def last_val(folder: Path) -> dict[str, float]:
     return {name: float(x) for name, x in metrics_of(folder)[-1].items() if name.startswith("val_") and x}
 
 
+@pytest.mark.slow
 def test_regression(images: Path, tmp_path: Path) -> None:
     table = make_table(
         images, tmp_path / "t.csv", "red,blue", lambda path: "1,0" if path.parent.name == "cat" else "0,1"
@@ -272,6 +282,7 @@ def test_a_mean_and_a_log_variance(images: Path, tmp_path: Path) -> None:
     assert set(last_val(folder)) == {"val_nll", "val_mse"}
 
 
+@pytest.mark.slow
 def test_several_labels(images: Path, tmp_path: Path) -> None:
     def labels(path: Path) -> str:
         return ",".join(str(int(path.parent.name == name)) for name in NAMES)
@@ -283,6 +294,7 @@ def test_several_labels(images: Path, tmp_path: Path) -> None:
     assert masksurgery.load(folder, base=base).pretrained_cfg["label_names"] == NAMES
 
 
+@pytest.mark.slow
 def test_segmentation(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for part, count in (("train", 16), ("val", 4)):
@@ -355,6 +367,7 @@ def test_values_that_cannot_be(settings: dict[str, Any], message: str) -> None:
         FinetuneConfig(**settings)
 
 
+@pytest.mark.slow
 def test_a_model_with_another_number_of_classes(images: Path, tmp_path: Path) -> None:
     for classes in (2, 5):
         model = convert(timm.create_model("test_resnet", num_classes=classes))
@@ -369,6 +382,7 @@ def test_a_model_with_another_number_of_classes(images: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_folders_that_hold_something(images: Path, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file is a file\. Pass a folder"):
@@ -399,6 +413,7 @@ def test_force_leaves_what_is_not_of_a_run(images: Path, converted: Path, tmp_pa
     assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_settings_model_and_data(
     images: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

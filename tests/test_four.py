@@ -18,8 +18,11 @@ from masksurgery.inputs import bind_inputs
 from masksurgery.tracing import Tracer
 from oracles import FOUR, by_member, flips_found, images, input_repeat, small
 
-four = pytest.mark.parametrize("name", FOUR)
-numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
+part = pytest.mark.slow(parts=4)
+SOON = "mobilenetv3_small_100"
+"""The one that the default tests look at."""
+four = pytest.mark.parametrize("name", [pytest.param(name, marks=[part] * (name != SOON)) for name in FOUR])
+numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=part) for n in (1, 2, 7))])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_training_rows_are_those_of_their_member(shared: Callable[..., nn.Module
     assert masksurgery.verify(model, shared(name), images(name, 3), mode="train").relative <= 1e-12
 
 
-@pytest.mark.slow
+@part
 @four
 def test_any_flipped_bit_is_found(name: str) -> None:
     base, x = small(name), images(name, 2)
@@ -162,6 +165,7 @@ def test_drop_rates_are_active_in_training_and_off_in_eval(shared: Callable[...,
         assert torch.equal(model(x).members, model(x).members)
 
 
+@part
 @four
 def test_converting_is_quick(name: str) -> None:
     base = timm.create_model(name).eval()
@@ -192,6 +196,7 @@ def test_members_get_equal_shares_over_steps() -> None:
     assert statistics.pstdev(counts.tolist()) < 40  # 12.2 expected of 300 +- 12
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_a_dead_channel_is_found() -> None:
     base, x = small("mobilenetv3_small_100"), images("mobilenetv3_small_100", 2)
     base.get_parameter("blocks.1.0.bn1.weight").data[3] = 0

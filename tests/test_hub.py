@@ -70,6 +70,7 @@ EVALUATION = Evaluation(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_loaded(hub: Hub, python: Callable[..., str], tmp_path: Path) -> None:
     model = make()
     model.temperature = 1.5
@@ -102,6 +103,7 @@ for name in ("hf-hub:user/one", "user/two", "hf-hub:user/one@main"):
     assert 'masksurgery.load("hf-hub:user/one")' in one["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses(hub: Hub, python: Callable[..., str], tmp_path: Path) -> None:
     masksurgery.save(make(), tmp_path / "tuned")
     error = python(
@@ -141,6 +143,7 @@ def test_the_model_of_an_evaluation() -> None:
             choose_model(evaluation, model, n)
 
 
+@pytest.mark.slow
 def test_what_was_found_goes_along_and_does_not_outlive_its_weights(
     hub: Hub, python: Callable[..., str], tmp_path: Path
 ) -> None:

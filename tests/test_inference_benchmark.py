@@ -68,7 +68,7 @@ def test_folding_leaves_no_norm_and_changes_nothing(models: ModuleType, name: st
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("test_resnet", {"heads"}),
+        pytest.param("test_resnet", {"heads"}, marks=pytest.mark.slow),
         pytest.param("test_convnext", {"folded", "heads"}, marks=pytest.mark.slow),
         pytest.param("test_vit", {"folded"}, marks=pytest.mark.slow),
     ],
@@ -200,6 +200,7 @@ def test_verdict_without_figures(script: ModuleType, capsys: pytest.CaptureFixtu
     assert "memory is that of the layout grouped; the limit is one for unrolled" in out
 
 
+@pytest.mark.slow
 def test_the_script_keeps_what_was_measured_before(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

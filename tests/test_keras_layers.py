@@ -187,6 +187,7 @@ def test_channels_first_as_the_setting_of_keras_is_an_error() -> None:
         keras.config.set_image_data_format("channels_last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("keras", 'pip install "masksurgery[keras]"'), ("tensorflow", "set the environment variable KERAS_BACKEND")],

@@ -181,6 +181,7 @@ def test_folded_rows_of_one_sample_have_one_member(samples: int) -> None:
     assert torch.equal(layer(torch.cat([x] * 4), all_members(4)), expanded)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_layouts_in_general(data: st.DataObject) -> None:
     rank = data.draw(st.integers(2, 5))

@@ -212,6 +212,7 @@ def test_law_is_that_of_plain_rejection_for_every_universe(universe: int) -> Non
     assert ((ours - plain)[total > 0] ** 2 / total[total > 0]).sum() < chi_square_limit(len(keys) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "n", "ones"), [(40, 4, 12), (39, 4, 10), (12, 3, 8), (50, 6, 12)])
 def test_law_of_both_samplers_agrees_in_larger_cases(channels: int, n: int, ones: int) -> None:
     """Fresh channels of each mask: by rejection, by exact weights, and in plain rejection."""

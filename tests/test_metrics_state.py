@@ -134,6 +134,7 @@ def evaluate_batches(name: str, begin: int, sizes: list[int]) -> list[list[float
     return [flat(suite.compute()), flat(detect(suite.ranked, unknown)), [fit.compute_temperature()]]
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_as_one(tmp_path: Path) -> None:
     mp.spawn(evaluate_part, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -126,6 +126,7 @@ def test_the_modules_that_it_calls_are_masked(kind: type[nn.Module], expected: l
     assert not missing.unexpected_keys and all(name.endswith(".masks") for name in missing.missing_keys)
 
 
+@pytest.mark.slow
 def test_the_record_says_what_is_opaque() -> None:
     base, x = make(Branching)
     surgery = convert(base, x).surgery

@@ -34,10 +34,10 @@ MODELS = {
     "vit_small_patch16_224": Small(64, {"img_size": 64}),
     "swin_tiny_patch4_window7_224": Small(56, {"img_size": 56}),
 }
-SOON = "resnet50"
+SOON = "mobilenetv3_large_100"
 """The one that is packed in the default tests."""
 models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != SOON)) for name in MODELS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name != SOON)) for name in MODELS]
 )
 
 
@@ -61,7 +61,7 @@ def test_packed_is_converted(name: str, dense: bool) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=4)
 @models
 def test_grouped_is_converted(name: str) -> None:
     _, model = small(name)
@@ -70,7 +70,7 @@ def test_grouped_is_converted(name: str) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=4)
 @models
 def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     base, model = small(name)
@@ -78,7 +78,7 @@ def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     assert_members(packed, model, base, (images(2, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=4)
 @models
 @pytest.mark.parametrize("layout", ["unrolled", "grouped"])
 def test_single_precision_at_full_size(name: str, layout: str) -> None:

@@ -91,6 +91,7 @@ MIDDLES = (
 OF_A_DOT = (masked_first_row, divided_by_width, summed, pooled_beside, constant_columns)
 
 
+@pytest.mark.slow(parts=4)
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
     ("middle", "example"), [*((middle, (6, 4)) for middle in MIDDLES), *((middle, (1, 1)) for middle in OF_A_DOT)]

@@ -69,6 +69,7 @@ def test_a_wrong_import_is_found(extra: dict[str, str], fault: str) -> None:
     assert any(found.startswith(fault) for found in find_faults(sound | extra))
 
 
+@pytest.mark.slow
 def test_import_is_light(tmp_path: Path) -> None:
     code = f"import sys, {PACKAGE}; print(*sorted(m for m in sys.modules if m.split('.')[0] in {HEAVY}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -162,6 +162,7 @@ def test_what_makes_the_base_model_again() -> None:
     assert twin.recipe == packed.recipe
 
 
+@pytest.mark.slow
 def test_where_masks_are_needed(tmp_path) -> None:
     packed, x = pack_by_hand(converted()), numbers()
     again = "is packed: what its masks hide is cut out of the weights. Pass the converted model that it was packed from"

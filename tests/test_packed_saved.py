@@ -87,6 +87,7 @@ def test_a_loaded_model_is_saved_again(tmp_path: Path) -> None:
     assert_same(packed, again, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "dense"), [("unrolled", False), ("unrolled", True), ("grouped", True)])
 def test_it_is_packed_in_the_same_way_again(layout: Any, dense: bool, tmp_path: Path) -> None:
     base = randomise(timm.create_model("test_resnet", num_classes=3), 0)
@@ -248,6 +249,7 @@ def test_it_says_that_it_is_packed_where_it_is_not(folder: Path, tmp_path: Path)
     fails(converted, WEIGHTS, r"'masks\.conv_mask' is missing")
 
 
+@pytest.mark.slow
 def test_what_needs_the_base_model_or_the_masks(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"saved/config\.json: is of a packed model, .* Read the folder of the"):
         load_base(folder, base=Small())
@@ -287,6 +289,7 @@ def numbers(value: Any) -> list[float]:
     return [float(value)] if isinstance(value, (int, float)) else []
 
 
+@pytest.mark.slow
 def test_predict_writes_the_same_rows(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for name in ("converted", "packed"):
@@ -311,6 +314,7 @@ def test_evaluate_finds_the_same_figures(place: Path) -> None:
     assert packed.members == pytest.approx(converted.members)
 
 
+@pytest.mark.slow
 def test_evaluate_fits_into_a_packed_folder(place: Path, tmp_path: Path) -> None:
     masksurgery.save(masksurgery.load(place / "packed"), tmp_path / "fitted")
     data = ["--data", str(place / "images"), "--workers", "0", "--coverage", "0.5"]

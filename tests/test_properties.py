@@ -84,14 +84,14 @@ NETWORKS = (
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=5)
 @given(*NETWORKS)
 def test_random_networks(kinds: list[str], n: int, scale: float, batch: int, random) -> None:
     check(kinds, n, scale, batch, random)
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(*NETWORKS)
 def test_more_random_networks(kinds: list[str], n: int, scale: float, batch: int, random) -> None:
     check(kinds, n, scale, batch, random)

@@ -560,6 +560,7 @@ def test_settings_are_chosen_by_validation_and_shares_are_of_paired_gains(report
     ]
 
 
+@pytest.mark.slow
 def test_the_readme_shows_what_was_found(script: ModuleType, report: ModuleType, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     begin, end = report.CHOICES

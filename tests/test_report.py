@@ -86,7 +86,9 @@ def whole() -> str:
     return render(classification)
 
 
-@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.parametrize(
+    "make", [pytest.param(f, id=name, marks=[pytest.mark.slow] * (name != "single")) for name, f in ALL.items()]
+)
 def test_a_page_is_whole_and_asks_for_nothing(make: Callable[[], Evaluation]) -> None:
     page = render(make)
     parsed = Page(page)
@@ -137,6 +139,7 @@ def test_everything_is_there(whole: str) -> None:
     assert page.count("td", **{"class": "heat"}) == 12
 
 
+@pytest.mark.slow
 def test_the_headline_says_what_changed(whole: str) -> None:
     texts = Page(whole).texts
     assert ", of 6 figures 6 got better." in " ".join(texts)
@@ -250,10 +253,12 @@ def test_axes_hold_all_numbers(values: list[tuple[float, ...]], limits: tuple[fl
     assert plots.limits_of(values) == pytest.approx(limits)
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_page(whole: str) -> None:
     assert render_report(classification()) == whole
 
 
+@pytest.mark.slow
 def test_the_users_settings_of_matplotlib_are_not_used_and_not_changed(whole: str) -> None:
     import matplotlib
 
@@ -320,6 +325,7 @@ def test_many_models_stay_small(make: Callable[[], Evaluation]) -> None:
     assert 1e6 < len(render(make).encode()) < 5e6
 
 
+@pytest.mark.slow
 def test_a_report_is_written_whole(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text("old")
@@ -380,6 +386,7 @@ def test_a_threshold_of_a_probability_is_a_least() -> None:
     assert report.write_threshold(Threshold("entropy", 0.5)) == "entropy ≤ 0.500"
 
 
+@pytest.mark.slow
 def test_imports_are_light() -> None:
     """A report imports matplotlib when it is drawn, and never pyplot, which has a global state."""
     code = """

@@ -24,6 +24,7 @@ def test_architectures(name: str) -> None:
     assert p.variance.max() > 1e-3
 
 
+@pytest.mark.slow
 def test_sites_of_a_unet() -> None:
     model, _ = prove(smp.Unet(**SMALL), rows(3, 3, 64, 64))
     # The encoder: a stem of three, two in each of its four blocks, three shortcuts. Five decoder blocks of two.
@@ -32,6 +33,7 @@ def test_sites_of_a_unet() -> None:
     assert {site.layer.split(".")[0] for site in model.surgery.sites} == {"encoder", "decoder"}
 
 
+@pytest.mark.slow
 def test_labels_beside_the_mask() -> None:
     aux = {"classes": 3, "dropout": 0.2}
     model, _ = prove(smp.Unet(**SMALL, aux_params=aux), rows(3, 3, 64, 64))

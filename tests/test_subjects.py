@@ -88,6 +88,7 @@ def test_a_hub_repository_stores_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked == ["user/a", "user/b"]
 
 
+@pytest.mark.slow
 def test_a_base_model_that_was_fine_tuned(tmp_path: Path) -> None:
     images, converted = make_images(tmp_path / "images", 8, 4), make_converted(tmp_path / "converted")
     config = FinetuneConfig(epochs=1, batch_size=8, workers=0)
@@ -192,6 +193,7 @@ def test_a_model_is_not_changed() -> None:
     assert (other.kind, other.temperature, other.folder) == ("converted", 3, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_only", [False, True])
 def test_the_figures_are_those_of_the_run(tmp_path: Path, base_only: bool) -> None:
     images, converted = make_images(tmp_path / "images", 8, 4) / "train", make_converted(tmp_path / "converted")

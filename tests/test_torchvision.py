@@ -29,7 +29,7 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in IMAGES])
 def test_images(name: str) -> None:
     build, sites = IMAGES[name]
     model, _ = prove(build(), rows(3, 3, 64, 64))
@@ -40,6 +40,7 @@ def test_images(name: str) -> None:
     assert skipped_as(model, "output")
 
 
+@pytest.mark.slow
 def test_segmentation() -> None:
     model, _ = prove(segmentation.fcn_resnet50(**NONE, num_classes=5, aux_loss=True), rows(2, 3, 32, 32))
     # 53 convolutions of resnet50, and one of each head before its classifier
@@ -56,9 +57,8 @@ def test_segmentation() -> None:
     assert type(result) is OrderedDict and result["aux"].shape == (3, 5, 32, 32)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("deeplabv3_mobilenet_v3_large", marks=pytest.mark.slow), "lraspp_mobilenet_v3_large"]
-)
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+@pytest.mark.slow
 def test_segmentation_with_a_mobile_backbone(name: str) -> None:
     model, _ = prove(getattr(segmentation, name)(**NONE, num_classes=5), rows(2, 3, 64, 64))
     # The logits of the two heads of LRASPP are added: neither is masked.
@@ -69,6 +69,7 @@ def test_segmentation_with_a_mobile_backbone(name: str) -> None:
     assert {layer for site in head.surgery.sites for layer in (site.layer, *site.chain)} == heads
 
 
+@pytest.mark.slow
 def test_video() -> None:
     model, _ = prove(video.r3d_18(num_classes=5), rows(2, 3, 4, 16, 16))
     # The stem, two convolutions in each of eight blocks, three shortcuts.

@@ -248,6 +248,7 @@ def test_members_are_dealt_out_evenly_over_a_run(tmp_path: Path) -> None:
     assert all(abs(row.bincount(minlength=3) - 8 / 3).max() < 1 for row in training)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_the_step(tmp_path: Path) -> None:
     losses = []
     for accumulate in (1, 2, 4):

@@ -65,9 +65,7 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "segformer")) for name in IMAGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in IMAGES])
 def test_images(name: str) -> None:
     build, size = IMAGES[name]
     model, base = prove(build(), pixel_values=rows(3, 3, size, size))
@@ -90,6 +88,7 @@ def test_sites_of_a_vit() -> None:
     assert len(skipped_as(model, "reshaped")) == 2 * 3
 
 
+@pytest.mark.slow
 def test_semantic_segmentation() -> None:
     base = make("SegformerForSemanticSegmentation", "SegformerConfig", **SEGFORMER)
     model, _ = prove(base, pixel_values=rows(3, 3, 64, 64))
@@ -116,6 +115,7 @@ def test_texts(name: str) -> None:
     assert ((shown - result.logits.members)[1].abs().amax(1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_hidden_states() -> None:
     given = {**words(), "output_hidden_states": True}
     model, _ = prove(bert(), **given)
@@ -174,6 +174,7 @@ def test_unknown_inputs_are_refused() -> None:
     assert model(**words(), labels=None).logits.mean.shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_copies_and_saved_folders(tmp_path: Path) -> None:
     model, base = prove(bert(), **words(), labels=LABELS)
     assert model.config is not None and model.config.id2label == base.config.id2label
