@@ -145,7 +145,7 @@ def needed_at_224(case: Case, masks: dict[str, np.ndarray], whole: list) -> Coun
 
 
 def _param(case: Case) -> Any:
-    marks = [pytest.mark.slow] * (case.name != "mobilenetv3_large_100" or bool(case.options))
+    marks = [pytest.mark.slow(parts=4)] * (case.name != "mobilenetv3_large_100" or bool(case.options))
     return pytest.param(case, id="-".join([case.name, *case.options]), marks=marks)
 
 

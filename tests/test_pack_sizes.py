@@ -202,7 +202,7 @@ def larger(x: Tensor, dims: range) -> Tensor:
     return x
 
 
-@pytest.mark.slow
+@pytest.mark.slow(parts=2)
 @pytest.mark.parametrize(("dims", "least"), [(range(2, 5), 50), (range(1, 2), 10)])
 def test_hazard_nets_that_take_larger_inputs(dims: range, least: int) -> None:
     """Whatever the converted model takes the packed one takes too, and predicts the same."""

@@ -65,7 +65,9 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in IMAGES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name != "vit")) for name in IMAGES]
+)
 def test_images(name: str) -> None:
     build, size = IMAGES[name]
     model, base = prove(build(), pixel_values=rows(3, 3, size, size))
