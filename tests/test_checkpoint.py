@@ -226,6 +226,7 @@ def test_the_recorded_sites_are_used_and_not_the_rule(tmp_path: Path, monkeypatc
     assert [site.layer for site in loaded.surgery.sites] == ["conv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs", "recorded"),
     [

@@ -75,6 +75,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # --- pack ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pack_writes_what_predicts_the_same(run: Callable[..., Result], place: Path, tmp_path: Path) -> None:
     done = run("pack", place / "converted", "-o", tmp_path / "out", "--layout", "unrolled")
     assert (done.status, done.err) == (0, "")
@@ -92,6 +93,7 @@ def test_pack_writes_what_predicts_the_same(run: Callable[..., Result], place: P
     assert lines[-1] == ["Next:", "masksurgery", "bench", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
 def test_pack_with_rows_of_zeros(run: Callable[..., Result], place: Path, tmp_path: Path) -> None:
     done = run("pack", place / "converted", "-o", tmp_path / "out", "--layout", "unrolled", "--dense")
     packed = masksurgery.load(tmp_path / "out")

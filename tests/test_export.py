@@ -58,9 +58,8 @@ def run_program(path: Path, *inputs: Tensor) -> Any:
         return torch.export.load(path).module()(*inputs)
 
 
-@pytest.mark.parametrize(
-    "kind", ["converted", *(pytest.param(x, marks=pytest.mark.slow) for x in ("unrolled", "grouped"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["converted", "unrolled", "grouped"])
 def test_files_hold_what_the_model_computes(tmp_path: Path, kind: str) -> None:
     converted = convert()
     model: Any = converted if kind == "converted" else masksurgery.pack(converted, kind, dense=kind == "grouped")

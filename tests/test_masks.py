@@ -187,8 +187,8 @@ def counts_by(keys: list[bytes], draw: Callable[[], np.ndarray], draws: int) -> 
         (5, 3, 2.0, 1, 2, 180),  # 5 shared channels, 3 pairs of masks that share it, 4 * 3 ways to fill these two
         (6, 3, 1e6, 1, 2, 90),  # tight: the 6! / 2^3 partitions
         (5, 3, 1.7, 1, 3, 690),  # 10^3 - 5 * 4^3 + 10 * 1^3, by inclusion and exclusion of the channels left out
-        (5, 3, 2.0, 3, 3, 690),  # the same, rounded up from 2
-        (4, 4, 2.0, 1, 2, 978),  # 6^4 - 4 * 3^4 + 6 * 1^4
+        pytest.param(5, 3, 2.0, 3, 3, 690, marks=pytest.mark.slow),  # the same, rounded up from 2
+        pytest.param(4, 4, 2.0, 1, 2, 978, marks=pytest.mark.slow),  # 6^4 - 4 * 3^4 + 6 * 1^4
     ],
 )
 def test_law_is_uniform_over_coverings(

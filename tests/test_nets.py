@@ -78,6 +78,7 @@ def test_training_rows_are_those_of_their_member(net: Net) -> None:
         masksurgery.verify(model, base, *inputs, mode="train")
 
 
+@pytest.mark.slow(parts=4)
 @nets
 def test_base_model_is_unchanged(net: Net) -> None:
     base, inputs = make(net)

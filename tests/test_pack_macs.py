@@ -144,12 +144,8 @@ def needed_at_224(case: Case, masks: dict[str, np.ndarray], whole: list) -> Coun
     return needed_macs(model, base, (x,), whole)
 
 
-def _param(case: Case) -> Any:
-    marks = [pytest.mark.slow(parts=4)] * (case.name != "mobilenetv3_large_100" or bool(case.options))
-    return pytest.param(case, id="-".join([case.name, *case.options]), marks=marks)
-
-
-@pytest.mark.parametrize("case", [_param(case) for case in CASES])
+@pytest.mark.slow(parts=4)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case.name, *case.options]))
 def test_packed_members_cost_what_they_need(case: Case) -> None:
     with torch.device("meta"):
         base, image = timm.create_model(case.name).eval(), torch.zeros(1, 3, 224, 224)

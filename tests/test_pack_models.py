@@ -34,11 +34,7 @@ MODELS = {
     "vit_small_patch16_224": Small(64, {"img_size": 64}),
     "swin_tiny_patch4_window7_224": Small(56, {"img_size": 56}),
 }
-SOON = "mobilenetv3_large_100"
-"""The one that is packed in the default tests."""
-models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name != SOON)) for name in MODELS]
-)
+models = pytest.mark.parametrize("name", MODELS)
 
 
 def images(batch: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -53,6 +49,7 @@ def small(name: str) -> tuple[nn.Module, ConvertedModel]:
     return base, masksurgery.convert(base, example_inputs=(images(1, MODELS[name].size, torch.float64),))
 
 
+@pytest.mark.slow(parts=4)
 @models
 @pytest.mark.parametrize("dense", [False, True], ids=["sums", "dense"])
 def test_packed_is_converted(name: str, dense: bool) -> None:

@@ -120,6 +120,7 @@ def test_members_are_isolated(net: Net) -> None:
     assert any(not torch.equal(a[:, 2], b[:, 2]) for a, b in zip(members_of(ours, inputs), before, strict=True))
 
 
+@pytest.mark.slow(parts=4)
 @nets
 def test_weights_of_a_member_are_its_own(net: Net) -> None:
     """One weight of member 0, changed: member 0 changes, and no other."""

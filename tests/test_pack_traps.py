@@ -287,7 +287,8 @@ def check(base: nn.Module, x: Tensor, **options: object) -> None:
         assert_packed(packed, model, (x,))
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow(parts=4))])
+@pytest.mark.slow(parts=4)
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 def test_packed_is_converted(trap: Callable[[Trap, Tensor], Tensor], seed: int) -> None:
     base = Trap(trap, **{name: make() for name, make in TRAPS[trap].items()})

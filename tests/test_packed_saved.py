@@ -326,6 +326,7 @@ def test_evaluate_fits_into_a_packed_folder(place: Path, tmp_path: Path) -> None
     assert isinstance(model, PackedModel) and model.threshold not in (None, before)
 
 
+@pytest.mark.slow
 def test_a_packed_model_in_memory_is_evaluated_and_not_changed(place: Path) -> None:
     model = masksurgery.load(place / "packed")
     model.output = "logits"

@@ -106,6 +106,7 @@ def test_a_page_is_whole_and_asks_for_nothing(make: Callable[[], Evaluation]) ->
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
 
 
+@pytest.mark.slow
 def test_names_are_text() -> None:
     page = render(hostile)
     texts = Page(page).texts
@@ -319,6 +320,7 @@ def test_numbers_have_three_digits(value: float | None, percent: bool, text: str
     assert write_number(value, percent) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [four, many])
 def test_many_models_stay_small(make: Callable[[], Evaluation]) -> None:
     """Four models with eight images in each gallery, and twelve without."""

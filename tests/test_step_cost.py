@@ -65,6 +65,7 @@ def test_a_step_trains(script: ModuleType) -> None:
     torch.testing.assert_close(model.weight.grad, gradient, rtol=0.02, atol=0)  # of one step, not of two added up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [("1000", 0), ("0.001", 1)])
 def test_table_and_verdict(script: ModuleType, capsys: pytest.CaptureFixture[str], limit: str, code: int) -> None:
     with torch.random.fork_rng(devices=[]):

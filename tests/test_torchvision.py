@@ -114,9 +114,8 @@ DETECTION = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * ("ssd" not in name)) for name in DETECTION]
-)
+@pytest.mark.slow(parts=4)
+@pytest.mark.parametrize("name", DETECTION)
 def test_detection_is_converted_by_its_backbone(name: str) -> None:
     base = getattr(detection, name)(**NONE, num_classes=3)
     images = [rows(3, 64, 80).abs(), rows(3, 70, 64).abs()]

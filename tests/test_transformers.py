@@ -100,6 +100,7 @@ def test_semantic_segmentation() -> None:
     assert p.variance.max() > 1e-3
 
 
+@pytest.mark.slow(parts=4)
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_texts(name: str) -> None:
     distil = lambda: make("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL, num_labels=5)  # noqa: E731
@@ -137,6 +138,7 @@ def test_tuples() -> None:
 LABELS = torch.tensor([0, 3, 4])
 
 
+@pytest.mark.slow(parts=4)
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_losses(name: str) -> None:
     given = {"pixel_values": rows(3, 3, 32, 32)} if name == "vit" else words()
