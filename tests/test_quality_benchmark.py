@@ -632,6 +632,11 @@ def test_options_are_compared_with_the_usual_ones_of_the_same_seeds(report: Modu
     )
     assert lines["n 4, scale 2"][:2] == ["3", "0.600 ± 0.058"]
     assert lines["n 8"][:2] == ["2", "+0.100 ± 0.050"] and lines["n 2"][:2] == ["1", "-0.100"]
+    # What was trained longer has a table of its own, with what was trained as long.
+    found += [{**run(0.2, seed), "epochs": 9} for seed in range(2)] + [{**run(0.3, 0, n=8), "epochs": 9}]
+    first, second = report.variations(found, 100).split("\n\n")
+    assert first + "\n" == text
+    assert lines_of(second)["n 8"][:2] == ["1", "+0.100"] and second.startswith("| Masksembles, 9 epochs, lr 0.001 |")
 
 
 def test_a_method_has_one_color_in_all_plots(report: ModuleType) -> None:

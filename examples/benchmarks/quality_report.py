@@ -80,15 +80,14 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
         readme.write_text(update_readme(text, "\n".join(choices), *CHOICES), encoding="utf-8")
     plots = {task: (TASKS[task].title, base_macs[task], some) for task, some in found.items()}
     plot_methods({title: (macs, chosen(some, macs)) for title, macs, some in plots.values()}, folder / "quality.png")
-    pairs = {
-        TASKS[task].title: (
-            base_macs[task],
-            [p for p in variations_of(by_task[task]) if p[0].options.keys() <= MASK_OPTIONS],
-        )
-        for task in found
+    tried = {task: variations_of(by_task[task]) for task in found}
+    masks = {
+        TASKS[task].title: (base_macs[task], [pair for pair in some[0] if pair[0].options.keys() <= MASK_OPTIONS])
+        for task, some in tried.items()
+        if some
     }
-    if several := {title: some for title, some in pairs.items() if len(some[1]) > 1}:
-        plot_masks(several, folder / "quality_masks.png")
+    if masks:
+        plot_masks(masks, folder / "quality_masks.png")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -154,10 +153,12 @@ def main_table(task: str, settings: Mapping[str, Setting], base_macs: int) -> st
 
 
 def variations(rows: Sequence[Mapping[str, Any]], base_macs: int) -> str:
-    """A line for each set of options of Masksembles: by how much it differs from n=4, scale 2 of the same seeds."""
-    pairs = variations_of(rows)
-    if len(pairs) < 2:
-        return ""
+    """A table for each budget that options of Masksembles were tried with."""
+    return "\n".join(_variations(pairs, base_macs) for pairs in variations_of(rows))
+
+
+def _variations(pairs: Sequence[tuple[Setting, Setting]], base_macs: int) -> str:
+    """A line for each set of options: by how much it differs from n=4, scale 2 of the same seeds."""
     usual, figures = pairs[0][0], {"validation NLL": ("nll", "val"), **{t: (f, "test") for f, t in GAINS.items()}}
     shown = {title: of for title, of in figures.items() if usual.values(*of)}
     lines = []

@@ -124,24 +124,20 @@ def chosen(settings: Sequence[Setting], base_macs: int) -> dict[str, Setting]:
     return {title: best(some) for title, some in found.items() if some}
 
 
-def variations_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Setting, Setting]]:
-    """What was tried of Masksembles, trained as most of it was; each beside n=4, scale 2 with the same seeds.
+def variations_of(rows: Iterable[Mapping[str, Any]]) -> list[list[tuple[Setting, Setting]]]:
+    """What was tried of Masksembles, each beside n=4, scale 2 with the same epochs, learning rate and seeds.
 
-    First comes n=4, scale 2 itself.
+    Returns:
+        A list for each budget and rate, first that with which most was tried; in it first n=4, scale 2 itself.
     """
     mine = [setting for setting in collect(rows) if setting.name == "masksembles"]
-    usual = [setting for setting in mine if setting.options == DEFAULT]
-    if not usual:
-        return []
-    counts = Counter((setting.epochs, setting.lr) for setting in mine)
-    most = max((counts[s.epochs, s.lr], len(s.results)) for s in usual)
-    first = best(s for s in usual if (counts[s.epochs, s.lr], len(s.results)) == most)
-    pairs = []
-    for setting in mine:
-        seeds = setting.results.keys() & first.results.keys()
-        if (setting.epochs, setting.lr) == (first.epochs, first.lr) and seeds:
-            pairs.append((setting.of(seeds), first.of(seeds)))
-    return sorted(pairs, key=lambda pair: pair[0].options != DEFAULT)
+    found = []
+    for usual in [setting for setting in mine if setting.options == DEFAULT]:
+        alike = [setting for setting in mine if (setting.epochs, setting.lr) == (usual.epochs, usual.lr)]
+        shared = [(setting, setting.results.keys() & usual.results.keys()) for setting in alike]
+        pairs = [(setting.of(seeds), usual.of(seeds)) for setting, seeds in shared if seeds]
+        found.append(sorted(pairs, key=lambda pair: pair[0].options != DEFAULT))
+    return sorted((pairs for pairs in found if len(pairs) > 1), key=len, reverse=True)
 
 
 def relative_macs(setting: Setting, base_macs: int) -> dict[str, float]:
