@@ -22,8 +22,6 @@ from masksurgery.types import Task as Kind
 IDX_HEADER = {"images": 16, "labels": 8}
 BATCH = 500
 """Samples that are predicted at a time."""
-CORRUPTED = 100
-"""Images of the test part that are corrupted, by each kind and severity."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Data:
         test: To report, and for nothing else.
         unknown: Inputs of another data set; None for none.
         mean, std: What images were normalised with; None for what is no image and cannot be corrupted.
+        spoiled: Images of the test part that are corrupted, by each kind and severity.
     """
 
     train: Part
@@ -65,6 +64,7 @@ class Data:
     unknown: Tensor | None = None
     mean: float | None = None
     std: float | None = None
+    spoiled: int = 100
 
     def to(self, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Data:
         parts = {name: getattr(self, name).to(device, layout) for name in ("train", "val", "test")}
@@ -75,7 +75,7 @@ class Data:
         """The first images of the test part, by kind and severity of what was done to them."""
         if self.mean is None or self.std is None:
             return {}
-        part, channels = self.test.take(slice(CORRUPTED)), self.test.x.shape[1]
+        part, channels = self.test.take(slice(self.spoiled)), self.test.x.shape[1]
         levels = {"mean": [self.mean] * channels, "std": [self.std] * channels}
         positions = torch.arange(len(part))
         return {
@@ -171,7 +171,9 @@ def read_digits() -> Tensor:
 
 
 @cache
-def fashion(train: int, val: int, size: int, channels: int, mean: float, std: float, test: int = 10_000) -> Data:
+def fashion(
+    train: int, val: int, size: int, channels: int, mean: float, std: float, test: int = 10_000, spoiled: int = 100
+) -> Data:
     """Fashion-MNIST, with MNIST as what is unknown; the split is the same for all seeds.
 
     Args:
@@ -180,6 +182,7 @@ def fashion(train: int, val: int, size: int, channels: int, mean: float, std: fl
         channels: 1, or 3 alike.
         mean, std: What pixels in [0, 1] are normalised with.
         test: Images of the test part, and half as many unknown ones.
+        spoiled: Of these that are corrupted.
     """
 
     def prepare(pixels: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ def fashion(train: int, val: int, size: int, channels: int, mean: float, std: fl
     some = torch.from_numpy(np.random.default_rng(0).permutation(len(digits))[: test // 2])
     return Data(
         read("train", order[:train]), read("train", order[train : train + val]), read("t10k", torch.arange(test)),
-        prepare(digits[some]), mean, std,
+        prepare(digits[some]), mean, std, spoiled,
     )  # fmt: skip
 
 
@@ -279,7 +282,7 @@ TASKS: dict[str, Task] = {
     ),
     "lite0": Task(
         "EfficientNet-Lite0 from ImageNet on Fashion-MNIST, 6,000 images",
-        partial(_fashion, train=6_000, val=1_000, size=64, channels=3, mean=0.5, std=0.5, test=2_000),
+        partial(_fashion, train=4_000, val=1_000, size=64, channels=3, mean=0.5, std=0.5, test=1_000, spoiled=20),
         lite0,
         base_epochs=2,
         epochs=(1,),
