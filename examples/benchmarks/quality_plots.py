@@ -44,18 +44,46 @@ def colors_of(found: Found) -> dict[str, str]:
     return {name: f"C{k}" for k, name in enumerate(names)}
 
 
-def plot_masks(found: Mapping[str, tuple[int, Sequence[tuple[Setting, Setting]]]], file: Path) -> None:
-    """Of everything that was tried of Masksembles, packed, how its validation NLL differs from that of n=4, scale 2."""
-    with _grid(len(found), file) as (_, grid):
-        for axes, (title, (base_macs, pairs)) in zip(grid, found.items(), strict=False):
-            for one, other in pairs:
-                at, values = (
-                    prediction_macs(one, base_macs),
-                    zip(one.values("nll", "val"), other.values("nll", "val"), strict=True),
-                )
-                mean = _point(axes, at, [a - b for a, b in values], "C0")
-                axes.annotate(one.label, (at, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-            _dress(axes, title, "validation NLL, to n 4, scale 2 (lower is better)", (0.5, 1, 2, 4))
+def plot_masks(found: Mapping[str, tuple[int, Sequence[Sequence[tuple[Setting, Setting]]]]], file: Path) -> None:
+    """Of everything that was tried of Masksembles, packed, how its validation NLL differs from that of n=4, scale 2.
+
+    Args:
+        found: By the title of a task the base model's MACs, and for each budget what is compared with it.
+        file: Written.
+    """
+    with _grid(len(found), file) as (figure, grid):
+        labels = []
+        for axes, (title, (base_macs, budgets)) in zip(grid, found.items(), strict=False):
+            for color, pairs in enumerate(budgets):
+                name: str | None = f"{pairs[0][0].epochs} epochs"
+                for one, other in pairs:
+                    at = prediction_macs(one, base_macs)
+                    values = zip(one.values("nll", "val"), other.values("nll", "val"), strict=True)
+                    mean = _point(axes, at, [a - b for a, b in values], f"C{color}", name)
+                    if one.options or not color:  # what it is compared with is at 0 with every budget
+                        labels.append((axes, one.label, (at, mean)))
+                    name = None
+            _dress(axes, title, "validation NLL, to n 4, scale 2 (lower is better)", (0.5, 1, 2, 4, 8))
+            axes.legend(fontsize=8)
+        figure.draw_without_rendering()  # what is where, the labels need to know
+        _write_beside(labels)
+
+
+def _write_beside(labels: Sequence[tuple[Any, str, tuple[float, float]]]) -> None:
+    """Each label at a corner of its point where it covers no other, if there is one."""
+    corners = [(x, y, side) for x, side in ((5, "left"), (-5, "right")) for y in (4, -9)]
+    taken: list[Any] = []
+    for axes, text, point in sorted(labels, key=lambda label: label[2][1], reverse=True):  # the upper one above
+        tried = [
+            axes.annotate(text, point, xytext=(x, y), textcoords="offset points", ha=side, fontsize=7)
+            for x, y, side in corners
+        ]
+        boxes = [label.get_window_extent() for label in tried]
+        free = [k for k, box in enumerate(boxes) if not any(box.overlaps(other) for other in taken)]
+        best = free[0] if free else 0
+        taken.append(boxes[best])
+        for label in (*tried[:best], *tried[best + 1 :]):
+            label.remove()
 
 
 def _point(axes: Any, at: float, values: Sequence[float], color: str, label: str | None = None) -> float:

@@ -82,7 +82,10 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: Path, readme: Path |
     plot_methods({title: (macs, chosen(some, macs)) for title, macs, some in plots.values()}, folder / "quality.png")
     tried = {task: variations_of(by_task[task]) for task in found}
     masks = {
-        TASKS[task].title: (base_macs[task], [pair for pair in some[0] if pair[0].options.keys() <= MASK_OPTIONS])
+        TASKS[task].title: (
+            base_macs[task],
+            [[pair for pair in pairs if pair[0].options.keys() <= MASK_OPTIONS] for pairs in some],
+        )
         for task, some in tried.items()
         if some
     }
