@@ -1,6 +1,7 @@
 """Settings that hold for every test: one torch thread, repeatable properties, and how Keras starts where it is used.
 
-`slow(parts=8)` marks a test as one of many alike, of which CI takes an eighth with each commit (`zoo/selection.py`).
+Of the tests that are marked slow CI takes a fourth, another one with each commit (`zoo/selection.py`), and of those with
+`slow(parts=8)` an eighth.
 """
 
 import atexit
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     taken: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
         marker = item.get_closest_marker("slow")
-        taken[marker is None or chosen(item.nodeid, marker.kwargs.get("parts", 1))].append(item)
+        taken[marker is None or chosen(item.nodeid, marker.kwargs.get("parts", 4))].append(item)
     if taken[False]:
         config.hook.pytest_deselected(items=taken[False])
         items[:] = taken[True]

@@ -55,7 +55,7 @@ def rounds_trip(base: nn.Module, recipe: Any, inputs: Any, folder: Path) -> mask
 # --- image sizes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "argument"),
     [

@@ -26,7 +26,7 @@ nets = pytest.mark.parametrize("net", NETS.values(), ids=lambda net: net.name)
 def quick_first(names: Iterable[str]) -> list[Any]:
     """Names of models to be parametrised with; the large ones are slow."""
     slow = ("resnet50", "swin_tiny_patch4_window7_224")
-    return [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name in slow)) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
 four = pytest.mark.parametrize("name", quick_first(FOUR))
@@ -52,7 +52,7 @@ def assert_restored(model: masksurgery.ConvertedModel, base: nn.Module, x: Tenso
 # --- multiple_of -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @four
 def test_kept_counts_are_multiples(name: str, tmp_path: Path) -> None:
     model, base, x = converted(name, multiple_of=8)
@@ -107,7 +107,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @four
 def test_a_stream_shares_its_masks(name: str, tmp_path: Path) -> None:
     model, base, x = converted(name, tie="stream")
@@ -117,7 +117,7 @@ def test_a_stream_shares_its_masks(name: str, tmp_path: Path) -> None:
     assert_restored(model, base, x, tmp_path / "model")
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @four
 def test_other_sites_keep_their_masks(name: str) -> None:
     model, base, x = converted(name, tie="stream")
@@ -151,7 +151,7 @@ NET_STREAMS = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_streams_of_hazard_nets(net: Net) -> None:
     base, inputs = make(net)
@@ -226,7 +226,7 @@ HEADS = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", quick_first(HEADS))
 def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
     assert_restored(model, base, x, tmp_path / "model")
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick_first(HEADS))
 def test_all_other_sites_are_the_default_ones(name: str) -> None:
     model, base, x = converted(name, heads=True)
@@ -283,7 +283,7 @@ NET_HEADS = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_heads_of_hazard_nets(net: Net) -> None:
     base, inputs = make(net)

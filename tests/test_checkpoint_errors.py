@@ -111,7 +111,7 @@ def name_of(path: tuple[str | int, ...]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in FIELDS if hint_of(path) is not Any], ids=name_of)
 def test_every_field_has_a_type(path: tuple[str | int, ...], folder: Path) -> None:
     for value in wrong_values(hint_of(path)):

@@ -18,11 +18,10 @@ from masksurgery.inputs import bind_inputs
 from masksurgery.tracing import Tracer
 from oracles import FOUR, by_member, flips_found, images, input_repeat, small
 
-part = pytest.mark.slow(parts=4)
 SOON = "mobilenetv3_small_100"
 """The one that the default tests look at."""
-four = pytest.mark.parametrize("name", [pytest.param(name, marks=[part] * (name != SOON)) for name in FOUR])
-numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=part) for n in (1, 2, 7))])
+four = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != SOON)) for name in FOUR])
+numbers = pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_training_rows_are_those_of_their_member(shared: Callable[..., nn.Module
     assert masksurgery.verify(model, shared(name), images(name, 3), mode="train").relative <= 1e-12
 
 
-@part
+@pytest.mark.slow
 @four
 def test_any_flipped_bit_is_found(name: str) -> None:
     base, x = small(name), images(name, 2)
@@ -165,7 +164,7 @@ def test_drop_rates_are_active_in_training_and_off_in_eval(shared: Callable[...,
         assert torch.equal(model(x).members, model(x).members)
 
 
-@part
+@pytest.mark.slow
 @four
 def test_converting_is_quick(name: str) -> None:
     base = timm.create_model(name).eval()

@@ -18,7 +18,7 @@ from oracles import by_member, input_repeat
 from test_nets import assert_near, convert, make, members_of
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 def test_it_is_the_converted_model(net: Net) -> None:
     base, inputs = make(net)

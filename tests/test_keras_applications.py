@@ -34,7 +34,7 @@ def check(name: str) -> None:
     assert np.abs(one - wanted).max() < 5e-5 * np.abs(wanted).max()
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITES)
 def test_members_are_the_masked_base(name: str) -> None:
     check(name)

@@ -293,7 +293,7 @@ def test_frozen_batch_norm_stays_and_dropout_acts_in_training_only() -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 def test_a_new_process_predicts_the_same(tmp_path: Path) -> None:
     net = NETS["nested"]()
     randomise(net.model)

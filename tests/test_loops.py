@@ -54,7 +54,7 @@ def test_every_loop_is_tested_and_fits_a_page() -> None:
         assert sum("masksurgery.convert(" in line for line in lines) == 1
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     _, result = run("plain_pytorch")
     assert_improved(result["base"], result["ensemble"])
@@ -65,7 +65,7 @@ def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"accuracy {result['ensemble']['accuracy']:.3f}, NLL {result['ensemble']['nll']:.3f}" in lines[1]
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 def test_timm_functions(capsys: pytest.CaptureFixture[str]) -> None:
     _, result = run("timm_functions")
     assert_improved(result["base"], result["ensemble"], percent=100)
@@ -74,7 +74,7 @@ def test_timm_functions(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == ["accuracy", "accuracy", "mutual"]
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 def test_lightning(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning")
     _, result = run("lightning_module")
@@ -83,7 +83,7 @@ def test_lightning(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mutual information of right answers" in capsys.readouterr().out
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 def test_hf_trainer(bare: Path) -> None:
     pytest.importorskip("transformers")
     example, result = run("hf_trainer")

@@ -51,7 +51,7 @@ def test_swin_unetr() -> None:
 
 
 @pytest.mark.parametrize("name", ["DynUNet", "AttentionUnet", "UNETR", "DenseNet121"])
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 def test_others(name: str) -> None:
     given = {
         "DynUNet": (3, 1, 3, [3, 3, 3], [1, 2, 2], [2, 2]),

@@ -68,7 +68,7 @@ def test_members_are_the_base_model_with_masks(net: Net) -> None:
         masksurgery.verify(model, base, *inputs)
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_training_rows_are_those_of_their_member(net: Net) -> None:
     base, inputs = make(net, 5)
@@ -78,7 +78,7 @@ def test_training_rows_are_those_of_their_member(net: Net) -> None:
         masksurgery.verify(model, base, *inputs, mode="train")
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_base_model_is_unchanged(net: Net) -> None:
     base, inputs = make(net)
@@ -104,7 +104,7 @@ def assert_near(a: Tensor, b: Tensor) -> None:
     assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_late_repeat_is_input_repeat(net: Net) -> None:
     base, inputs = make(net)
@@ -121,7 +121,7 @@ def test_late_repeat_is_input_repeat(net: Net) -> None:
             masksurgery.verify(model, base, *inputs)
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_scale_one_is_the_base_model(net: Net) -> None:
     base, inputs = make(net)
@@ -133,7 +133,7 @@ def test_scale_one_is_the_base_model(net: Net) -> None:
             assert_near(members[:, i], x.detach().movedim(d, 0))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_any_flipped_bit_is_found(net: Net) -> None:
     base, inputs = make(net)
@@ -142,7 +142,7 @@ def test_any_flipped_bit_is_found(net: Net) -> None:
         assert flips_found(model, base, site.mask, inputs), site
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_members_and_samples_are_isolated(net: Net) -> None:
     base, inputs = make(net)
@@ -162,7 +162,7 @@ def test_members_and_samples_are_isolated(net: Net) -> None:
         assert_near(a[:, [0, 1, 3]], b[:, [0, 1, 3]])
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_copies_predict_the_same(net: Net) -> None:
     base, inputs = make(net)

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_of_a_model(name: str) -> None:
     build, inputs, expected = MODELS[name]

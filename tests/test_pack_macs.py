@@ -144,7 +144,7 @@ def needed_at_224(case: Case, masks: dict[str, np.ndarray], whole: list) -> Coun
     return needed_macs(model, base, (x,), whole)
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case.name, *case.options]))
 def test_packed_members_cost_what_they_need(case: Case) -> None:
     with torch.device("meta"):

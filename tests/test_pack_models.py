@@ -49,7 +49,7 @@ def small(name: str) -> tuple[nn.Module, ConvertedModel]:
     return base, masksurgery.convert(base, example_inputs=(images(1, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @models
 @pytest.mark.parametrize("dense", [False, True], ids=["sums", "dense"])
 def test_packed_is_converted(name: str, dense: bool) -> None:
@@ -58,7 +58,7 @@ def test_packed_is_converted(name: str, dense: bool) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @models
 def test_grouped_is_converted(name: str) -> None:
     _, model = small(name)
@@ -67,7 +67,7 @@ def test_grouped_is_converted(name: str) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @models
 def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     base, model = small(name)
@@ -75,7 +75,7 @@ def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     assert_members(packed, model, base, (images(2, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @models
 @pytest.mark.parametrize("layout", ["unrolled", "grouped"])
 def test_single_precision_at_full_size(name: str, layout: str) -> None:

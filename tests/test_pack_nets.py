@@ -60,7 +60,7 @@ def packed(net_name: str, layout: str = "unrolled", dense: bool | None = False) 
 
 
 @nets
-@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow(parts=4))], ids=["sums", "dense"])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow(parts=8))], ids=["sums", "dense"])
 def test_packed_is_converted(net: Net, dense: bool) -> None:
     _, model = converted(net.name)
     ours = packed(net.name, dense=dense)
@@ -69,7 +69,7 @@ def test_packed_is_converted(net: Net, dense: bool) -> None:
         assert_packed(ours, model, samples(net, batch))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_grouped_is_converted(net: Net) -> None:
     _, model = converted(net.name)
@@ -91,7 +91,7 @@ def test_single_precision(net: Net) -> None:
         assert_packed(masksurgery.pack(model, "unrolled", dense=dense), model, samples(net, 3, torch.float32))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_a_member_alone_is_the_base_model_with_its_masks(net: Net) -> None:
     base, model = converted(net.name)
@@ -120,7 +120,7 @@ def test_members_are_isolated(net: Net) -> None:
     assert any(not torch.equal(a[:, 2], b[:, 2]) for a, b in zip(members_of(ours, inputs), before, strict=True))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_weights_of_a_member_are_its_own(net: Net) -> None:
     """One weight of member 0, changed: member 0 changes, and no other."""
@@ -170,7 +170,7 @@ def test_packed_costs_no_more(net: Net) -> None:
     assert count_macs(packed(net.name), inputs) <= count_macs(model, inputs)
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow(parts=8)
 @nets
 def test_copies_predict_the_same(net: Net) -> None:
     ours, inputs = packed(net.name), samples(net)
@@ -190,7 +190,7 @@ def test_copies_predict_the_same(net: Net) -> None:
 SOME = pytest.mark.parametrize("name", ["conv_bn_relu", "squeeze_excite", "auxiliary_head", "class_token_after_masks"])
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @SOME
 @pytest.mark.parametrize(("n", "scale"), [(1, 2.0), (1, 1.0), (3, 1.0), (5, 3.0)])
 def test_other_numbers_of_members(name: str, n: int, scale: float) -> None:
@@ -202,7 +202,7 @@ def test_other_numbers_of_members(name: str, n: int, scale: float) -> None:
         assert_members(ours, model, base, samples(net))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @SOME
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("where", ["all", "head"])

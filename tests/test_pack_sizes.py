@@ -91,7 +91,7 @@ MIDDLES = (
 OF_A_DOT = (masked_first_row, divided_by_width, summed, pooled_beside, constant_columns)
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
     ("middle", "example"), [*((middle, (6, 4)) for middle in MIDDLES), *((middle, (1, 1)) for middle in OF_A_DOT)]
@@ -202,7 +202,7 @@ def larger(x: Tensor, dims: range) -> Tensor:
     return x
 
 
-@pytest.mark.slow(parts=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("dims", "least"), [(range(2, 5), 50), (range(1, 2), 10)])
 def test_hazard_nets_that_take_larger_inputs(dims: range, least: int) -> None:
     """Whatever the converted model takes the packed one takes too, and predicts the same."""

@@ -287,7 +287,7 @@ def check(base: nn.Module, x: Tensor, **options: object) -> None:
         assert_packed(packed, model, (x,))
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 def test_packed_is_converted(trap: Callable[[Trap, Tensor], Tensor], seed: int) -> None:

@@ -11,7 +11,7 @@ from proofs import prove, rows, skipped_as
 SMALL = {"encoder_name": "tu-resnet10t", "encoder_weights": None, "classes": 4}
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FPN", "DeepLabV3Plus", "Segformer", "UnetPlusPlus", "MAnet", "UPerNet"])
 def test_architectures(name: str) -> None:
     model, _ = prove(getattr(smp, name)(**SMALL), rows(3, 3, 64, 64))

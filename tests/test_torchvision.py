@@ -29,9 +29,7 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name != "vit")) for name in IMAGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in IMAGES])
 def test_images(name: str) -> None:
     build, sites = IMAGES[name]
     model, _ = prove(build(), rows(3, 3, 64, 64))
@@ -114,7 +112,7 @@ DETECTION = {
 }
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTION)
 def test_detection_is_converted_by_its_backbone(name: str) -> None:
     base = getattr(detection, name)(**NONE, num_classes=3)

@@ -65,9 +65,7 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow(parts=4)] * (name != "vit")) for name in IMAGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in IMAGES])
 def test_images(name: str) -> None:
     build, size = IMAGES[name]
     model, base = prove(build(), pixel_values=rows(3, 3, size, size))
@@ -100,7 +98,7 @@ def test_semantic_segmentation() -> None:
     assert p.variance.max() > 1e-3
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_texts(name: str) -> None:
     distil = lambda: make("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL, num_labels=5)  # noqa: E731
@@ -138,7 +136,7 @@ def test_tuples() -> None:
 LABELS = torch.tensor([0, 3, 4])
 
 
-@pytest.mark.slow(parts=4)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_losses(name: str) -> None:
     given = {"pixel_values": rows(3, 3, 32, 32)} if name == "vit" else words()
