@@ -1,7 +1,7 @@
-"""Which part of the zoo and of other long sweeps a run of the tests looks at: all of it, or what the commit chooses.
+"""Which part of the zoo and of the slow tests is run: all of it, or what the commit chooses.
 
-`pytest -m zoo` looks at everything. With MASKSURGERY_ZOO_SHARD=eighth, as in CI, it takes the part that the commit
-chooses (MASKSURGERY_ZOO_COMMIT, else git's HEAD; without either always the same part).
+`pytest -m "zoo or slow"` runs everything. With MASKSURGERY_TESTS=part, as in CI, it takes the part that the commit chooses
+(MASKSURGERY_COMMIT, else git's HEAD; without either always the same part).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 def sharded() -> bool:
     """Whether only a part is looked at."""
-    shard = os.environ.get("MASKSURGERY_ZOO_SHARD") or "all"
-    if shard not in ("all", "eighth"):
-        raise ValueError(f'MASKSURGERY_ZOO_SHARD={shard!r} is not "all" or "eighth".')
-    return shard == "eighth"
+    tests = os.environ.get("MASKSURGERY_TESTS") or "all"
+    if tests not in ("all", "part"):
+        raise ValueError(f'MASKSURGERY_TESTS={tests!r} is not "all" or "part".')
+    return tests == "part"
 
 
 def chosen(name: str, parts: int = 8) -> bool:
@@ -29,7 +29,7 @@ def chosen(name: str, parts: int = 8) -> bool:
 @cache
 def commit() -> str:
     """The commit that chooses the part; empty where it is not known."""
-    given = os.environ.get("MASKSURGERY_ZOO_COMMIT")
+    given = os.environ.get("MASKSURGERY_COMMIT")
     if given is not None:
         return given
     command = ["git", "rev-parse", "HEAD"]
