@@ -1,7 +1,7 @@
 """Settings that hold for every test: one torch thread, repeatable properties, and how Keras starts where it is used.
 
-Of the tests that are marked slow CI takes a fourth, another one with each commit (`zoo/selection.py`), of `slow(parts=8)`
-an eighth.
+Of the tests that are marked slow CI takes a fourth, another one with each commit (`zoo/selection.py`); an eighth of
+those marked `slow(parts=8)`.
 """
 
 import atexit

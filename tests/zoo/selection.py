@@ -1,7 +1,7 @@
 """Which part of the zoo and of the slow tests is run: all of it, or what the commit chooses.
 
-`pytest -m "zoo or slow"` runs everything. With MASKSURGERY_TESTS=part, as in CI, it takes the part that the commit chooses
-(MASKSURGERY_COMMIT, else git's HEAD; without either always the same part).
+`pytest -m "zoo or slow"` runs everything. With MASKSURGERY_TESTS=part, as in CI, it takes the part that the commit
+chooses (MASKSURGERY_COMMIT, else git's HEAD; without either always the same part).
 """
 
 from __future__ import annotations
