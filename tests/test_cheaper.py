@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +21,7 @@ from test_opaque import Branching
 nets = pytest.mark.parametrize("net", NETS.values(), ids=lambda net: net.name)
 
 
-def quick_first(names: Iterable[str]) -> list[Any]:
-    """Names of models to be parametrised with; the large ones are slow."""
-    slow = ("resnet50", "swin_tiny_patch4_window7_224")
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
-
-
-four = pytest.mark.parametrize("name", quick_first(FOUR))
+four = pytest.mark.parametrize("name", FOUR)
 
 
 def converted(name: str, **options) -> tuple[masksurgery.ConvertedModel, nn.Module, Tensor]:
@@ -228,7 +220,7 @@ HEADS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", quick_first(HEADS))
+@pytest.mark.parametrize("name", HEADS)
 def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
     base, x = small(name), images(name, 2)
     for module in base.modules():
@@ -247,7 +239,7 @@ def test_whole_heads_are_masked(name: str, fused: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick_first(HEADS))
+@pytest.mark.parametrize("name", HEADS)
 def test_all_other_sites_are_the_default_ones(name: str) -> None:
     model, base, x = converted(name, heads=True)
     plain = masksurgery.convert(base, example_inputs=(x,)).surgery

@@ -34,7 +34,7 @@ NAMES = (
     "swin_tiny_patch4_window7_224",
     "deeplabv3_mobilenet_v3_large",
 )
-six = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+six = pytest.mark.parametrize("name", NAMES)
 
 
 def images(name: str, batch: int) -> Tensor:

@@ -35,6 +35,7 @@ MODELS = {
     "swin_tiny_patch4_window7_224": Small(56, {"img_size": 56}),
 }
 models = pytest.mark.parametrize("name", MODELS)
+pytestmark = pytest.mark.slow
 
 
 def images(batch: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -49,7 +50,6 @@ def small(name: str) -> tuple[nn.Module, ConvertedModel]:
     return base, masksurgery.convert(base, example_inputs=(images(1, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
 @models
 @pytest.mark.parametrize("dense", [False, True], ids=["sums", "dense"])
 def test_packed_is_converted(name: str, dense: bool) -> None:
@@ -58,7 +58,6 @@ def test_packed_is_converted(name: str, dense: bool) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
 @models
 def test_grouped_is_converted(name: str) -> None:
     _, model = small(name)
@@ -67,7 +66,6 @@ def test_grouped_is_converted(name: str) -> None:
     assert_packed(packed, model, (images(3, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
 @models
 def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     base, model = small(name)
@@ -75,7 +73,6 @@ def test_a_member_alone_is_the_base_model_with_its_masks(name: str) -> None:
     assert_members(packed, model, base, (images(2, MODELS[name].size, torch.float64),))
 
 
-@pytest.mark.slow
 @models
 @pytest.mark.parametrize("layout", ["unrolled", "grouped"])
 def test_single_precision_at_full_size(name: str, layout: str) -> None:
@@ -89,7 +86,6 @@ def test_single_precision_at_full_size(name: str, layout: str) -> None:
         assert_packed(packed, model, x)
 
 
-@pytest.mark.slow
 def test_resnet50_is_packed_in_less_than_five_seconds() -> None:
     model = masksurgery.convert(timm.create_model("resnet50").eval())
     seconds = []

@@ -24,7 +24,6 @@ DRAWING = (
 PATHS = '<path d="M0 0L9 9z"/>' * 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_a_report_is_shown_as_it_should(make: Callable[[], Evaluation], tmp_path: Path) -> None:
     check_page(write_report(make(), tmp_path / "report.html"))
@@ -38,7 +37,6 @@ def test_names_are_shown_as_text(tmp_path: Path) -> None:
     assert read_text(file, "script") == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "fault"),
     [

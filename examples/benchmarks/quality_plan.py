@@ -79,7 +79,8 @@ def rest(task: str, profile: str, seeds: Sequence[int], rows: Sequence[Mapping[s
         For each seed the methods, and after these for each of the task's first seeds what else is tried.
     """
     swept = [*sweep(task, profile), *longer(task, profile, rows)]
-    best = [replace(run, seed=seed) for seed in seeds for run in _best(swept, rows)]
+    winners = _best(swept, rows)
+    best = [replace(run, seed=seed) for seed in seeds for run in winners]
     usual = {run.method: run for run in reversed(_best([r for r in swept if r.epochs <= _tried(task)], rows))}
     more = [
         replace(usual[method], seed=seed, options=options)

@@ -172,7 +172,14 @@ def read_digits() -> Tensor:
 
 @cache
 def fashion(
-    train: int, val: int, size: int, channels: int, mean: float, std: float, test: int = 10_000, spoiled: int = 100
+    train: int,
+    val: int,
+    size: int,
+    channels: int,
+    mean: float,
+    std: float,
+    test: int = 10_000,
+    spoiled: int = Data.spoiled,
 ) -> Data:
     """Fashion-MNIST, with MNIST as what is unknown; the split is the same for all seeds.
 
